@@ -1,0 +1,35 @@
+# make quickstart  sets up .venv and runs the whole ladder on the embedded world
+# make test        sets up .venv and runs every test
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+# 3.11 ends at jax 0.10; from 3.12 on the newest jax installs, so those share one pin file.
+CONSTRAINTS := constraints/python$(if $(filter 3.11,$(VERSION)),3.11,3.12).txt
+VENV := $(if $(filter 3.11,$(VERSION)),.venv,.venv-$(VERSION))
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup quickstart test test-fast lint clean
+
+setup: $(STAMP)
+
+$(STAMP): setup.py $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rlhf_jax needs Python 3.11 or newer; $(PYTHON) is $(VERSION). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test,notebooks]'
+	@touch $(STAMP)
+
+quickstart: setup
+	$(BIN)/python -m experiments.quickstart --workdir=runs/quickstart
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv .venv-* runs .pytest_cache .ruff_cache *.egg-info

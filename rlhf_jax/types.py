@@ -1,0 +1,83 @@
+"""What flows between the rooms of the house: batches and rollouts, as frozen pytrees. Imports jax only.
+
+One layout serves every stage. ``tokens`` is [B, S]; the response (what the loss is about) lives in the *last R
+columns*, so ``response_mask`` is [B, R] and everything per response token (log-probs, values, advantages) is
+[B, R] too. The hidden state at column ``S - R - 1 + t`` predicts response column ``t``. Prompts are padded on the
+left and responses on the right, so that column ``S - R`` is the first response token of every row. A batch without
+a fixed boundary (packed demonstrations) takes R = S - 1. Masks are made from lengths, never from token ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+
+def _pytree(cls: type) -> type:
+    """Makes ``cls`` a frozen, keyword-only dataclass that JAX transformations see through."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
+
+
+@_pytree
+class DemonstrationBatch:
+    """Prompts with one response each.
+
+    tokens: [B, S] int32. token_mask: [B, S] bool, False on padding.
+    response_mask: [B, R] bool over the last R columns, True on response tokens, EOS included.
+    """
+
+    tokens: jax.Array
+    token_mask: jax.Array
+    response_mask: jax.Array
+
+
+@_pytree
+class PreferenceBatch:
+    """Pairs: row i of ``chosen`` and of ``rejected`` answer the same prompt, and ``chosen`` was preferred."""
+
+    chosen: DemonstrationBatch
+    rejected: DemonstrationBatch
+
+
+@_pytree
+class Rollout:
+    """What a policy said, and how likely it found it.
+
+    tokens: [B, P+R] int32. token_mask: [B, P+R] bool. response_mask: [B, R] bool, EOS included.
+    log_probs: [B, R] float32 nats under the *behaviour* distribution (temperature and truncation applied), 0 off-mask.
+    terminated: [B] bool, False where the response was cut by length.
+    policy_step: [] int32, the optimiser step of the parameters that sampled.
+    """
+
+    tokens: jax.Array
+    token_mask: jax.Array
+    response_mask: jax.Array
+    log_probs: jax.Array
+    terminated: jax.Array
+    policy_step: jax.Array
+
+
+@_pytree
+class ScoredRollout:
+    """A rollout with one reward a row: ``scores`` [B] float32."""
+
+    rollout: Rollout
+    scores: jax.Array
+
+
+@_pytree
+class PolicyBatch:
+    """What a policy-gradient update consumes; every array beside the first three is a constant of the objective.
+
+    tokens [B, P+R], token_mask [B, P+R], response_mask [B, R]; old_log_probs, old_values, advantages, returns: [B, R]
+    float32, 0 off-mask.
+    """
+
+    tokens: jax.Array
+    token_mask: jax.Array
+    response_mask: jax.Array
+    old_log_probs: jax.Array
+    old_values: jax.Array
+    advantages: jax.Array
+    returns: jax.Array

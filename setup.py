@@ -1,0 +1,43 @@
+"""Packaging only; every tool is configured in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="rlhf_jax",
+    version="0.1.0",
+    description="A functional RLHF research framework for JAX on CPU, GPU and TPU.",
+    python_requires=">=3.11",
+    packages=find_packages(include=["rlhf_jax", "rlhf_jax.*", "experiments", "experiments.*"]),
+    install_requires=[
+        "jax",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "chex",
+        "transformers>=5",
+        "tensorflow-datasets",
+        "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
+        "grain",
+        "array_record",
+        "absl-py",
+        "ml_collections",
+        "safetensors",
+        "tensorboardX",
+        "tqdm",
+        "matplotlib",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        # torch is the oracle of the model tests; its CPU build exists for Python 3.11 only at this pin.
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "torch==2.13.0; python_version < '3.12'",
+        ],
+        "notebooks": ["nbclient", "nbformat", "ipykernel"],
+        "bench": ["trl==1.16.0", "torch==2.13.0"],
+    },
+)
