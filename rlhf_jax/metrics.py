@@ -1,0 +1,129 @@
+"""Typed metrics that merge exactly, and the files they are written to. Imports masking only.
+
+A metric is a ``WeightedSum`` (reported as total / weight) or a ``Maximum``. Metrics of micro-batches, devices and
+steps merge by adding totals and weights, never by averaging averages, so a reported mean does not depend on how the
+work was split. Merging over steps happens on the host in float64, in step order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.masking import WeightedSum
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Maximum:
+    """A metric of which the largest value counts. ``value``: [] float32."""
+
+    value: jax.Array
+
+    def __add__(self, other: Maximum) -> Maximum:
+        return Maximum(jnp.maximum(self.value, other.value))
+
+
+Metrics = Mapping[str, WeightedSum | Maximum]
+
+
+def mean_of(values) -> WeightedSum:
+    """The metric whose report is the mean of ``values`` (any shape, any float dtype)."""
+    values = jnp.asarray(values, jnp.float32)
+    return WeightedSum(values.sum(), jnp.float32(values.size))
+
+
+def merge(first: Metrics, second: Metrics) -> dict[str, WeightedSum | Maximum]:
+    """Merges two sets of metrics name by name; inside or outside of ``jit``."""
+    merged = dict(first)
+    for name, metric in second.items():
+        merged[name] = merged[name] + metric if name in merged else metric
+    return merged
+
+
+def merge_over_axis(metrics: Metrics, axis_name: str) -> dict[str, WeightedSum | Maximum]:
+    """Merges metrics over a mapped device axis (``pmap``, ``shard_map``)."""
+
+    def over_axis(metric):
+        reduce = jax.lax.pmax if isinstance(metric, Maximum) else jax.lax.psum
+        return jax.tree.map(lambda x: reduce(x, axis_name), metric)
+
+    return {name: over_axis(metric) for name, metric in metrics.items()}
+
+
+@dataclasses.dataclass
+class Accumulator:
+    """Host-side running totals between two written rows, in float64; ``to_json`` and back is exact."""
+
+    sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    maxima: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, metrics: Metrics) -> None:
+        for name, metric in jax.device_get(dict(metrics)).items():
+            if isinstance(metric, Maximum):
+                self.maxima[name] = max(self.maxima.get(name, -np.inf), float(metric.value))
+            else:
+                total, weight = self.sums.get(name, (0.0, 0.0))
+                self.sums[name] = [total + float(metric.total), weight + float(metric.weight)]
+
+    def values(self) -> dict[str, float]:
+        """The reported number of every metric; a mean over nothing is 0."""
+        means = {name: (total / weight if weight else 0.0) for name, (total, weight) in self.sums.items()}
+        return means | self.maxima
+
+    def to_json(self) -> dict:
+        return {"sums": self.sums, "maxima": self.maxima}
+
+    @classmethod
+    def from_json(cls, saved: Mapping) -> Accumulator:
+        return cls(sums={k: list(v) for k, v in saved["sums"].items()}, maxima=dict(saved["maxima"]))
+
+
+class MetricsWriter:
+    """Appends rows ``{"step": int, name: float, ...}`` to ``metrics.jsonl`` and to TensorBoard events.
+
+    Opened at ``start_step``: rows of later steps, written by a run that was killed after its last checkpoint, are
+    dropped first, so that the file of a resumed run equals that of an undisturbed one.
+    """
+
+    def __init__(self, directory: pathlib.Path, *, start_step: int):
+        # Imported here: TensorBoard's writer pulls in protobuf, which readers of metrics do not need.
+        from tensorboardX import SummaryWriter
+
+        self._path = directory / "metrics.jsonl"
+        directory.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(self._path) if row["step"] <= start_step]
+        replacement = self._path.with_suffix(".tmp")
+        replacement.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(replacement, self._path)
+        self._file = self._path.open("a")
+        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends one row; ``values`` are finite or not, JSON spells NaN and Infinity as Python does."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics(path: pathlib.Path) -> Iterator[dict]:
+    """Yields the rows of a ``metrics.jsonl``; none if it does not exist. A torn last line ends the stream."""
+    if not path.exists():
+        return
+    with path.open() as lines:
+        for line in lines:
+            if not line.endswith("\n"):
+                return
+            yield json.loads(line)

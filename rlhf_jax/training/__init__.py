@@ -1,0 +1,1 @@
+"""TrainState, Optax chains, the one train step, and the loop around it."""

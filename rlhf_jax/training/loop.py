@@ -1,0 +1,130 @@
+"""The loop around a step: metrics, progress, evaluation, checkpoints, guards. Imports metrics and checkpoints.
+
+The loop knows nothing of algorithms. A stage hands it a ``step(state, batch) -> (state, metrics)``, an iterator, and an
+optional ``evaluate``; what comes back is the final state. Everything the next step depends on is in the checkpoint, so a
+killed run, started again, ends in the same state with the same ``metrics.jsonl``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grain
+import jax
+
+from rlhf_jax.checkpoints import Checkpoints
+from rlhf_jax.errors import InputError
+from rlhf_jax.metrics import Accumulator, Metrics, MetricsWriter
+from rlhf_jax.training.interrupt import Interrupted, StopRequest
+
+# After so many updates in a row without a finite gradient a run is lost; carrying on would only burn time.
+MAX_SKIPPED_UPDATES = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """When the loop does what, in steps.
+
+    num_steps: in total. log_every: a row of metrics covers this many steps. save_every: steps between checkpoints.
+    eval_every: steps between evaluations (0: never during training); step 0 and the last step are always evaluated.
+    """
+
+    num_steps: int
+    log_every: int = 1
+    save_every: int = 50
+    eval_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"schedule.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+def fit(
+    *,
+    state: Any,
+    step: Callable[[Any, Any], tuple[Any, Metrics]],
+    batches: grain.DatasetIterator,
+    schedule: Schedule,
+    workdir: pathlib.Path,
+    progress: Callable[[int, Mapping[str, float]], None],
+    stop: StopRequest,
+    evaluate: Callable[[Any], Mapping[str, float]] | None = None,
+    skipped_updates: Callable[[Any], jax.Array] | None = None,
+) -> Any:
+    """Runs ``step`` until ``schedule.num_steps``, resuming from the newest checkpoint of ``workdir`` if there is one.
+
+    Args:
+      state: a pytree; the initial state, which also gives structure and sharding to a restored one.
+      step: one training step; may run on host and device.
+      batches: an endless Grain iterator.
+      schedule: see ``Schedule``.
+      workdir: holds ``checkpoints/``, ``metrics.jsonl`` and TensorBoard events.
+      progress: called after every step with (finished steps, the values of this step).
+      stop: looked at between steps; on request the loop saves and raises ``Interrupted``.
+      evaluate: ``evaluate(state) -> values``, written under the names it returns.
+      skipped_updates: reads the number of consecutive skipped updates from a state.
+
+    Raises:
+      Interrupted: stopped on request, after saving.
+      InputError: ``MAX_SKIPPED_UPDATES`` updates in a row were not finite, or no checkpoint is whole.
+    """
+    checkpoints = Checkpoints(workdir)
+    done, pending, writer = 0, Accumulator(), None
+    try:
+        restored = checkpoints.restore_newest(state, batches)
+        if restored is not None:
+            done, state, host = restored
+            pending = Accumulator.from_json(host["pending"])
+        writer = MetricsWriter(workdir, start_step=done if restored is not None else -1)
+        if restored is None and evaluate is not None:
+            writer.write(0, evaluate(state))
+        saved = done
+        while done < schedule.num_steps and stop.requested is None:
+            state, metrics = step(state, next(batches))
+            done += 1
+            pending.add(metrics)
+            now = Accumulator()
+            now.add(metrics)
+            progress(done, now.values())
+            _check_guard(state, skipped_updates, done, checkpoints.directory, saved)
+            row = {}
+            if done % schedule.log_every == 0 or done == schedule.num_steps:
+                row, pending = pending.values(), Accumulator()
+            if evaluate is not None and _evaluates(schedule, done):
+                row = row | dict(evaluate(state))
+            if row:
+                writer.write(done, row)
+            if done % schedule.save_every == 0 or done == schedule.num_steps:
+                checkpoints.save(done, state, batches, {"pending": pending.to_json()})
+                saved = done
+        if stop.requested is not None and done < schedule.num_steps:
+            if saved != done or done == 0:
+                checkpoints.save(done, state, batches, {"pending": pending.to_json()})
+            raise Interrupted(
+                f"{stop.requested}: saved step {done} of {schedule.num_steps} in {checkpoints.directory}; "
+                "run the same command again to go on from there"
+            )
+        return state
+    finally:
+        if writer is not None:
+            writer.close()
+        checkpoints.close()
+
+
+def _evaluates(schedule: Schedule, done: int) -> bool:
+    return done == schedule.num_steps or (schedule.eval_every > 0 and done % schedule.eval_every == 0)
+
+
+def _check_guard(state, skipped_updates, done, directory, saved) -> None:
+    if skipped_updates is None:
+        return
+    skipped = int(skipped_updates(state))
+    if skipped >= MAX_SKIPPED_UPDATES:
+        raise InputError(
+            f"loss or gradient was not finite in the last {skipped} updates, up to step {done}; the last good checkpoint is "
+            f"step {saved} in {directory}; lower --config.optimizer.learning_rate or look at the data"
+        )
