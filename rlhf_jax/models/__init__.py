@@ -1,0 +1,1 @@
+"""Decoders, their heads and their checkpoints; may import types, masking and errors."""
