@@ -26,13 +26,13 @@ _REMAT = ("none", "full")
 class ModelConfig:
     """A pre-norm decoder with rotary positions, grouped-query attention and a gated SiLU MLP (Llama).
 
-    vocab_size: rows of the embedding. width: the residual stream. num_layers, num_heads, num_kv_heads, head_dim,
-    mlp_width: as named; ``num_heads`` is a multiple of ``num_kv_heads``. max_length: tokens the model was made for,
-    prompt and response together. rope_theta: base of the rotary wavelengths. norm_epsilon: added to the mean
-    square before the root. tied_embeddings: whether the unembedding is the embedding. compute_dtype: ``float32`` or
-    ``bfloat16`` for matrix products and activations; parameters, norms, softmax and logits stay float32. remat:
-    ``none`` keeps every activation for the backward pass, ``full`` keeps the input of each layer and computes the
-    rest again.
+    vocab_size: rows of the embedding. width: the residual stream. num_layers, num_heads, num_kv_heads,
+    head_dim, mlp_width: as named; ``num_heads`` is a multiple of ``num_kv_heads``. max_length: tokens the
+    model was made for, prompt and response together. rope_theta: base of the rotary wavelengths.
+    norm_epsilon: added to the mean square before the root. tied_embeddings: whether the unembedding is the
+    embedding. compute_dtype: ``float32`` or ``bfloat16`` for matrix products and activations; parameters,
+    norms, softmax and logits stay float32. remat: ``none`` keeps every activation for the backward pass,
+    ``full`` keeps the input of each layer and computes the rest again.
 
     Raises:
         InputError: a field is out of range; the message names it.
@@ -59,8 +59,8 @@ class ModelConfig:
                 raise InputError(f"model field {name} is {value!r}: give a whole number of at least 1")
         if self.num_heads % self.num_kv_heads:
             raise InputError(
-                f"model field num_kv_heads is {self.num_kv_heads}, which does not divide num_heads {self.num_heads}: "
-                "give a divisor of num_heads"
+                f"model field num_kv_heads is {self.num_kv_heads}, which does not divide num_heads "
+                f"{self.num_heads}: give a divisor of num_heads"
             )
         if self.head_dim % 2:
             raise InputError(f"model field head_dim is {self.head_dim}: rotary positions need an even number")
@@ -72,7 +72,9 @@ class ModelConfig:
             raise InputError(f"model field tied_embeddings is {self.tied_embeddings!r}: give True or False")
         for name, choices in (("compute_dtype", _COMPUTE_DTYPES), ("remat", _REMAT)):
             if getattr(self, name) not in choices:
-                raise InputError(f"model field {name} is {getattr(self, name)!r}: give one of {', '.join(choices)}")
+                raise InputError(
+                    f"model field {name} is {getattr(self, name)!r}: give one of {', '.join(choices)}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values; ``from_dict`` is its inverse."""
@@ -88,7 +90,9 @@ class ModelConfig:
         known = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(set(fields) - set(known))
         if unknown:
-            raise InputError(f"model field {unknown[0]} is not known: take it out, or use a version that has it")
+            raise InputError(
+                f"model field {unknown[0]} is not known: take it out, or use a version that has it"
+            )
         missing = [name for name in _SIZES if name not in fields]
         if missing:
             raise InputError(f"model field {missing[0]} is missing: give a whole number of at least 1")

@@ -1,8 +1,8 @@
 """The decoder: parameters, hidden states and logits; imports rlhf_jax.models.{config,parts} only.
 
-Parameters are a plain nested dict of float32 arrays, ``{"decoder": {...}}``, with every layer's arrays stacked on a
-leading axis. Underneath is Flax Linen with the layers under ``nn.scan``; ``logical_axes`` gives the name of every
-axis of every parameter for a sharding table to map onto a mesh.
+Parameters are a plain nested dict of float32 arrays, ``{"decoder": {...}}``, with every layer's arrays
+stacked on a leading axis. Underneath is Flax Linen with the layers under ``nn.scan``; ``logical_axes`` gives
+the name of every axis of every parameter for a sharding table to map onto a mesh.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens [B, S] to final-normed hidden states [B, S, D]; the unembedding is a parameter that is not applied."""
+    """Tokens [B, S] to final-normed hidden states [B, S, D]; the unembedding is a parameter that is not
+    applied."""
 
     config: ModelConfig
 
@@ -149,5 +150,7 @@ def logits(config: ModelConfig, params: Params, tokens: jax.Array, token_mask: j
 
 def vocabulary_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     """[..., D] hidden states and a [V, D] head -> [..., V] float32 logits."""
-    product = jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    product = jnp.einsum(
+        "...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
     return product.astype(jnp.float32)

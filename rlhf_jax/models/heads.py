@@ -13,7 +13,8 @@ from rlhf_jax.models.decoder import Params
 
 
 def init_scalar_head(config: ModelConfig, key: jax.Array) -> Params:
-    """A reward head: kernel N(0, 1/(D+1)), that is standard deviation 1/sqrt(D+1), and bias 0 (Stiennon et al. 2020)."""
+    """A reward head: kernel N(0, 1/(D+1)), that is standard deviation 1/sqrt(D+1), and bias 0 (Stiennon et
+    al. 2020)."""
     kernel = jax.random.normal(key, (config.width,), jnp.float32) * (config.width + 1) ** -0.5
     return {"kernel": kernel, "bias": jnp.zeros((), jnp.float32)}
 
@@ -34,7 +35,8 @@ def scalar_head(head: Params, hidden: jax.Array) -> jax.Array:
 
 
 def last_token_values(values: jax.Array, token_mask: jax.Array) -> jax.Array:
-    """The value at the last real token of each row: [B, S], [B, S] bool -> [B]; a row without tokens gives 0."""
+    """The value at the last real token of each row: [B, S], [B, S] bool -> [B]; a row without tokens gives
+    0."""
     from_end = jnp.argmax(token_mask[:, ::-1], axis=1)
     last = token_mask.shape[1] - 1 - from_end
     picked = jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]

@@ -1,7 +1,8 @@
 """What a decoder layer is made of, as pure functions of arrays; imports rlhf_jax.models.config only.
 
-Training, prefill and decoding share ``layer`` and differ in the ``attend`` they hand it: over the columns of one
-batch, or over a cache. Shapes: B rows, S columns, D width, H query heads, J key/value heads, K head width.
+Training, prefill and decoding share ``layer`` and differ in the ``attend`` they hand it: over the columns of
+one batch, or over a cache. Shapes: B rows, S columns, D width, H query heads, J key/value heads, K head
+width.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ MASKED_SCORE = -1e30
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, in float32 (Zhang and Sennrich 2019); returns ``x``'s dtype."""
+    """Root-mean-square norm over the last axis, in float32 (Zhang and Sennrich 2019); returns ``x``'s
+    dtype."""
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
     return (wide * inverse * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 def positions_from_mask(token_mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-    """[B, S] bool -> [B, S] int32: how many real tokens of the row (of the segment, when given) come before."""
+    """[B, S] bool -> [B, S] int32: how many real tokens of the row (of the segment, when given) come
+    before."""
     before = jnp.cumsum(token_mask, axis=1, dtype=jnp.int32) - token_mask
     if segment_ids is None:
         return before
@@ -40,7 +43,8 @@ def positions_from_mask(token_mask: jax.Array, segment_ids: jax.Array | None = N
 
 
 def rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
-    """[B, S] positions -> cosines and sines, each [B, S, 1, K/2] float32 (Su et al. 2021, halves as in Llama)."""
+    """[B, S] positions -> cosines and sines, each [B, S, 1, K/2] float32 (Su et al. 2021, halves as in
+    Llama)."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
@@ -54,7 +58,8 @@ def rotate(x: jax.Array, cos_sin: Rotation) -> jax.Array:
 
 
 def causal_mask(token_mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-    """[B, S] -> [B, S, S] bool: query column, key column; a key is real, not later, and of the same segment."""
+    """[B, S] -> [B, S, S] bool: query column, key column; a key is real, not later, and of the same
+    segment."""
     length = token_mask.shape[1]
     columns = jnp.arange(length)
     mask = (columns[None, :] <= columns[:, None])[None] & token_mask[:, None, :]
@@ -66,8 +71,8 @@ def causal_mask(token_mask: jax.Array, segment_ids: jax.Array | None = None) -> 
 def grouped_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
     """Softmax attention where H/J query heads read one key/value head, which is never repeated in memory.
 
-    query: [B, S, H, K]. key, value: [B, T, J, K]. mask: [B, S, T] bool. Returns [B, S, H, K]. Scores and softmax
-    are float32 (Ainslie et al. 2023).
+    query: [B, S, H, K]. key, value: [B, T, J, K]. mask: [B, S, T] bool. Returns [B, S, H, K]. Scores and
+    softmax are float32 (Ainslie et al. 2023).
     """
     batch, length, heads, head_dim = query.shape
     groups = heads // key.shape[2]
@@ -84,8 +89,8 @@ def layer(
 ) -> tuple[jax.Array, Any]:
     """One pre-norm layer: [B, S, D] -> [B, S, D], and whatever ``attend`` returned beside its output.
 
-    ``attend`` takes rotated query [B, S, H, K] and key, value [B, S, J, K] and returns ([B, S, H, K], anything).
-    Parameters are cast to the dtype of ``x`` where they meet it.
+    ``attend`` takes rotated query [B, S, H, K] and key, value [B, S, J, K] and returns ([B, S, H, K],
+    anything). Parameters are cast to the dtype of ``x`` where they meet it.
     """
     batch, length, _ = x.shape
 
@@ -94,7 +99,8 @@ def layer(
 
     normed = rms_norm(x, params["attention_norm"], config.norm_epsilon)
     query, key, value = (
-        project(normed, name).reshape(batch, length, -1, config.head_dim) for name in ("query", "key", "value")
+        project(normed, name).reshape(batch, length, -1, config.head_dim)
+        for name in ("query", "key", "value")
     )
     mixed, kept = attend(rotate(query, cos_sin), rotate(key, cos_sin), value)
     x = x + project(mixed.reshape(batch, length, -1), "output")

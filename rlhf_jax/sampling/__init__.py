@@ -1,0 +1,1 @@
+"""From logits to rollouts; may import models, losses and what they import."""

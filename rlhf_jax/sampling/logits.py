@@ -1,0 +1,96 @@
+"""From logits to the behaviour distribution and a draw from it, as pure functions; imports errors only.
+
+The behaviour distribution is what tokens are really drawn from: softmax of logits / temperature, restricted
+to the top-k and then to the top-p tokens, renormalised. Its log-probabilities are what a rollout carries.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def top_k_mask(logits: jax.Array, k: int) -> jax.Array:
+    """[..., V] -> bool: the k largest logits (Fan et al. 2018); ties with the k-th stay in."""
+    smallest = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
+    return logits >= smallest
+
+
+def top_p_mask(logits: jax.Array, p: float) -> jax.Array:
+    """[..., V] -> bool: the fewest most probable tokens whose probabilities sum to at least p (Holtzman et
+    al. 2020).
+
+    The threshold is found by bisection over the bit patterns of the probabilities, which order non-negative
+    floats as integers: 31 masked sums instead of a sort. Ties at the threshold all stay in.
+    """
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    bits = jax.lax.bitcast_convert_type(probabilities, jnp.int32)
+    target = jnp.minimum(p, jnp.sum(probabilities, axis=-1, keepdims=True))
+
+    def narrow(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # mass(>= low) reaches the target, mass(>= high) does not
+        middle = low + (high - low) // 2
+        mass = jnp.sum(jnp.where(bits >= middle, probabilities, 0.0), axis=-1, keepdims=True)
+        enough = mass >= target
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low = jnp.zeros(logits.shape[:-1] + (1,), jnp.int32)
+    high = jnp.max(bits, axis=-1, keepdims=True) + 1
+    threshold, _ = jax.lax.fori_loop(0, 31, narrow, (low, high))
+    return bits >= threshold
+
+
+def behaviour_logits(
+    logits: jax.Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> jax.Array:
+    """[..., V] -> [..., V] float32: logits / temperature, -inf where truncation leaves a token out.
+
+    ``top_k`` 0 and ``top_p`` 1 leave nothing out.
+    """
+    scaled = logits.astype(jnp.float32) / temperature
+    if 0 < top_k < logits.shape[-1]:
+        scaled = jnp.where(top_k_mask(scaled, top_k), scaled, -jnp.inf)
+    if top_p < 1.0:
+        scaled = jnp.where(top_p_mask(scaled, top_p), scaled, -jnp.inf)
+    return scaled
+
+
+def behaviour_log_probs(
+    logits: jax.Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> jax.Array:
+    """[..., V] -> [..., V] float32 log-probabilities of the behaviour distribution, -inf where it is 0."""
+    kept = behaviour_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    return kept - jax.nn.logsumexp(kept, axis=-1, keepdims=True)
+
+
+def draw(keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One token a row from softmax(logits): keys [B], logits [B, V] -> tokens [B] int32, log-probs [B]
+    float32.
+
+    Inverse distribution function in two stages, a block of the vocabulary and a token of the block, with a
+    uniform for each: two random numbers a row instead of V, and steps of 2**-46 in probability. A row's draw
+    depends on its key and its logits alone.
+    """
+    rows, vocabulary = logits.shape
+    block = max(1, round(vocabulary**0.5))
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - peak)
+    padded = jnp.pad(weights, ((0, 0), (0, -vocabulary % block)))
+    blocks = padded.reshape(rows, -1, block)
+    totals = jnp.sum(blocks, axis=-1)
+    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    chosen = _inverse(totals, uniforms[:, :1])
+    inside = _inverse(jnp.take_along_axis(blocks, chosen[:, None, None], axis=1)[:, 0], uniforms[:, 1:])
+    tokens = chosen * block + inside
+    picked = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+    return tokens, picked - peak[:, 0] - jnp.log(jnp.sum(totals, axis=-1))
+
+
+def _inverse(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """[B, N] non-negative weights and [B, 1] uniforms in [0, 1) -> [B] int32, never an index of weight 0."""
+    positive = weights > 0
+    # The sum is taken at an index that can be drawn: a parallel cumulative sum need not be monotone to the
+    # last bit.
+    cumulative = jnp.where(positive, jnp.cumsum(weights, axis=-1), 0.0)
+    threshold = uniform * jnp.max(cumulative, axis=-1, keepdims=True)
+    return jnp.argmax(cumulative > threshold, axis=-1).astype(jnp.int32)
