@@ -1,0 +1,1 @@
+"""Rows from files or from the embedded world, tokenised and batched; imports nothing by itself."""

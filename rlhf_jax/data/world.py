@@ -1,0 +1,249 @@
+"""The embedded world: film reviews with a known gold reward, reproducible from a seed; imports rows, grammar, numpy.
+
+The numbers of the world are being tuned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_jax.data import grammar
+from rlhf_jax.data.rows import Demonstration, Preference, Prompt
+from rlhf_jax.errors import InputError
+
+# Independent streams of randomness; a number here must never change its meaning.
+_STREAMS = {
+    "demonstrations/train": 0,
+    "preferences/train": 1,
+    "preferences/eval": 2,
+    "prompts/train": 3,
+    "prompts/eval": 4,
+}
+_WORD = re.compile(r"<[^<>\s]*>|\w+|[^\w\s]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GoldWeights:
+    """What the gold reward pays for and charges for; see `gold_components`."""
+
+    sentiment: float = 1.0
+    sentiment_limit: int = 3
+    topic: float = 1.0
+    topic_limit: int = 2
+    ending: float = 1.0
+    repetition: float = 0.5
+    filler: float = 0.25
+    padding: float = 0.1
+    padding_budget: int = 16
+
+
+GOLD = GoldWeights()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorldConfig:
+    """Which world, and how much of it.
+
+    noise: probability in [0, 0.5] that a label is flipped, whatever the utilities.
+    length_bias: utility that the labeller gives per word, beyond gold.
+    temperature: utilities are divided by it before the Bradley-Terry sigmoid; > 0.
+    num_*: rows of each kind. Training and evaluation rows come from separate streams and never share a prompt.
+    """
+
+    seed: int = 0
+    noise: float = 0.05
+    length_bias: float = 0.0
+    temperature: float = 1.0
+    num_demonstrations: int = 4096
+    num_preferences: int = 8192
+    num_prompts: int = 4096
+    num_eval_prompts: int = 256
+    num_eval_preferences: int = 2048
+
+    def __post_init__(self):
+        if self.seed < 0:
+            raise InputError(f"world seed is {self.seed}: give a seed of 0 or more.")
+        if not 0.0 <= self.noise <= 0.5:
+            raise InputError(f"world noise is {self.noise}: give a label flip probability between 0 and 0.5.")
+        if not self.temperature > 0.0:
+            raise InputError(f"world temperature is {self.temperature}: give a number above 0.")
+        if not math.isfinite(self.length_bias):
+            raise InputError(f"world length_bias is {self.length_bias}: give a finite number per word.")
+        for field in dataclasses.fields(self):
+            if field.name.startswith("num_") and getattr(self, field.name) < 0:
+                raise InputError(f"world {field.name} is {getattr(self, field.name)}: give 0 or more.")
+
+
+def words_of(text: str) -> list[str]:
+    """The words and marks of any text, lower-cased; a mark such as "." is one, and so is a tag such as "<unk>"."""
+    return _WORD.findall(text.lower())
+
+
+def _repeated_bigrams(words: Sequence[str]) -> int:
+    """How many bigrams were said before; one that joins a word and a full stop is free (every sentence has two)."""
+    counts = Counter((a, b) for a, b in zip(words, words[1:], strict=False) if (a == ".") == (b == "."))
+    return sum(counts.values()) - len(counts)
+
+
+def gold_components(prompt: str, response: str, terminated: bool = True) -> dict[str, float]:
+    """The terms of the gold reward, of which `gold_reward` is the sum. Any two strings are valid input.
+
+    sentiment:  +1 per distinct sentiment word of the asked kind, up to 3, and -1 per distinct one of the other kind.
+    topic:      +1 per distinct word of the asked topic, up to 2.
+    ending:     +1 if the last word is a full stop and the response ended by itself (``terminated``), else -1.
+    repetition: -0.5 per repeated bigram, without limit (a word next to a full stop is not counted).
+    filler:     -0.25 per filler word ("really", "very", ...).
+    padding:    -0.1 per word beyond 16 (full stops are words).
+    """
+    ask = grammar.read_ask(words_of(prompt))
+    words = words_of(response)
+    distinct = frozenset(words)
+    sentiment = topic = 0.0
+    if ask.sentiment is not None:
+        wanted, opposing = (len(distinct & grammar.SENTIMENT_WORDS[s]) for s in grammar.SENTIMENTS)
+        if ask.sentiment == "negative":
+            wanted, opposing = opposing, wanted
+        sentiment = GOLD.sentiment * (min(wanted, GOLD.sentiment_limit) - opposing)
+    if ask.topic is not None:
+        topic = GOLD.topic * min(len(distinct & grammar.TOPIC_WORDS[ask.topic]), GOLD.topic_limit)
+    clean = terminated and bool(words) and words[-1] == "."
+    return {
+        "sentiment": sentiment,
+        "topic": topic,
+        "ending": GOLD.ending if clean else -GOLD.ending,
+        "repetition": -GOLD.repetition * _repeated_bigrams(words),
+        "filler": -GOLD.filler * sum(word in grammar.FILLERS for word in words),
+        "padding": -GOLD.padding * max(0, len(words) - GOLD.padding_budget),
+    }
+
+
+def gold_reward(prompt: str, response: str, terminated: bool = True) -> float:
+    """What the response is truly worth to the one who asked; at most 6. See `gold_components` for the terms."""
+    return sum(gold_components(prompt, response, terminated).values())
+
+
+def _uniforms(rng: np.random.Generator) -> Iterator[float]:
+    while True:
+        yield from rng.random(64).tolist()
+
+
+def _draw(config: WorldConfig, stream: str, index: int) -> Iterator[float]:
+    """Uniforms that depend on the seed, the stream and the row alone, so that more rows leave the first unchanged."""
+    sequence = np.random.SeedSequence(entropy=config.seed, spawn_key=(_STREAMS[stream], index))
+    return _uniforms(np.random.Generator(np.random.PCG64(sequence)))
+
+
+def _stream(kind: str, split: str) -> str:
+    stream = f"{kind}/{split}"
+    if stream not in _STREAMS:
+        raise InputError(f"the embedded world has no {kind} split {split!r}: use 'train' or 'eval'.")
+    return stream
+
+
+def demonstrations(config: WorldConfig) -> list[Demonstration]:
+    """``num_demonstrations`` replies of the writer, as they come: good ones and bad ones."""
+    rows = []
+    for index in range(config.num_demonstrations):
+        draw = _draw(config, "demonstrations/train", index)
+        prompt, *ask = grammar.draw_prompt(draw, "train")
+        reply = grammar.draw_reply(draw, *ask)
+        rows.append(Demonstration(prompt=prompt, response=reply, source=f"world:demonstrations/{index}"))
+    return rows
+
+
+def prompts(config: WorldConfig, split: str) -> list[Prompt]:
+    """Prompts of the split, drawn independently; an "eval" prompt pairs a topic and a genre unseen in "train"."""
+    stream = _stream("prompts", split)
+    count = config.num_prompts if split == "train" else config.num_eval_prompts
+    return [
+        Prompt(prompt=grammar.draw_prompt(_draw(config, stream, i), split)[0], source=f"world:{stream}/{i}")
+        for i in range(count)
+    ]
+
+
+def utility(config: WorldConfig, prompt: str, response: str) -> float:
+    """What the labeller believes a response is worth: gold, plus ``length_bias`` per word."""
+    return gold_reward(prompt, response) + config.length_bias * len(words_of(response))
+
+
+def preference_probability(config: WorldConfig, utility_margin: float) -> float:
+    """P(the first is preferred) = noise + (1 - 2 noise) sigmoid(margin / temperature). Bradley and Terry (1952)."""
+    scaled = utility_margin / config.temperature
+    # tanh form of the sigmoid: no overflow at any margin.
+    return config.noise + (1.0 - 2.0 * config.noise) * 0.5 * (1.0 + math.tanh(0.5 * scaled))
+
+
+def preferences(config: WorldConfig, split: str) -> list[Preference]:
+    """Two replies of the writer to one prompt, never the same, labelled by Bradley-Terry on `utility`."""
+    stream = _stream("preferences", split)
+    count = config.num_preferences if split == "train" else config.num_eval_preferences
+    return [_draw_preference(config, stream, split, index) for index in range(count)]
+
+
+def _draw_preference(config: WorldConfig, stream: str, split: str, index: int) -> Preference:
+    draw = _draw(config, stream, index)
+    prompt, *ask = grammar.draw_prompt(draw, split)
+    first = grammar.draw_reply(draw, *ask)
+    second = grammar.draw_reply(draw, *ask)
+    while second == first:
+        second = grammar.draw_reply(draw, *ask)
+    margin = utility(config, prompt, first) - utility(config, prompt, second)
+    probability = preference_probability(config, margin)
+    if next(draw) >= probability:
+        first, second, probability = second, first, 1.0 - probability
+    return Preference(
+        prompt=prompt,
+        chosen=first,
+        rejected=second,
+        source=f"world:{stream}/{index}",
+        group=prompt,
+        probability=probability,
+        chosen_gold=gold_reward(prompt, first),
+        rejected_gold=gold_reward(prompt, second),
+    )
+
+
+def bayes_accuracy(rows: Sequence[Preference]) -> float:
+    """The expected accuracy, over the labels' randomness, of the best possible judge of these pairs: mean max(p, 1-p).
+
+    No reward model can expect more. Raises InputError where a row's label probability is unknown.
+    """
+    if not rows:
+        raise InputError("the Bayes accuracy of no rows was asked for: give at least one preference pair.")
+    total = 0.0
+    for row in rows:
+        if row.probability is None:
+            raise InputError(
+                f"{row.source} has no label probability: only pairs of the embedded world have one."
+            )
+        total += max(row.probability, 1.0 - row.probability)
+    return total / len(rows)
+
+
+@functools.cache
+def _token_ids() -> dict[str, int]:
+    return {word: i for i, word in enumerate(("<pad>", "<s>", "</s>", "<unk>", *grammar.vocabulary()))}
+
+
+def world_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word, plus <pad>, <s>, </s>, <unk>; decoding what it encoded gives the world's text back."""
+    tokenizer = Tokenizer(models.WordLevel(vocab=dict(_token_ids()), unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
