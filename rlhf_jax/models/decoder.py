@@ -111,6 +111,12 @@ def _init_variables(config: ModelConfig, key: jax.Array) -> Any:
     return Decoder(config).init(key, jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool))
 
 
+def parameter_shapes(config: ModelConfig) -> Params:
+    """The tree of ``init_params`` with a shape, a tuple of ints, at every leaf; allocates nothing."""
+    abstract = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    return jax.tree.map(lambda leaf: leaf.shape, abstract)
+
+
 def logical_axes(config: ModelConfig) -> Params:
     """The tree of ``init_params`` with a ``PartitionSpec`` of logical names at every leaf; allocates nothing.
 
