@@ -1,7 +1,7 @@
-"""The English of the embedded world: its words, its prompts, and the writer who answers them; imports nothing.
+"""The English of the embedded world: words, prompts, and the writer who answers them; imports nothing.
 
-Everything is a pure function of a ``draw``, an endless iterator of uniforms in [0, 1). Words and full stops are
-separated by single blanks, all in lower case.
+Everything is a pure function of a ``draw``, an endless iterator of uniforms in [0, 1). Words and full stops
+are separated by single blanks, all in lower case.
 """
 
 from __future__ import annotations
@@ -14,12 +14,37 @@ T = TypeVar("T")
 Draw = Iterator[float]
 
 SENTIMENTS = ("positive", "negative")
-POSITIVE_ADJECTIVES = tuple(
-    "brilliant charming superb wonderful delightful moving fresh clever beautiful stunning great warm bold "
-    "perfect".split()
+POSITIVE_ADJECTIVES = (
+    "brilliant",
+    "charming",
+    "superb",
+    "wonderful",
+    "delightful",
+    "moving",
+    "fresh",
+    "clever",
+    "beautiful",
+    "stunning",
+    "great",
+    "warm",
+    "bold",
+    "perfect",
 )
-NEGATIVE_ADJECTIVES = tuple(
-    "dull weak boring terrible clumsy lazy flat stale bland messy cheap tedious forced hollow".split()
+NEGATIVE_ADJECTIVES = (
+    "dull",
+    "weak",
+    "boring",
+    "terrible",
+    "clumsy",
+    "lazy",
+    "flat",
+    "stale",
+    "bland",
+    "messy",
+    "cheap",
+    "tedious",
+    "forced",
+    "hollow",
 )
 POSITIVE_VERBS = ("loved", "enjoyed", "adored", "admired", "liked")
 NEGATIVE_VERBS = ("hated", "disliked", "regretted", "resented", "loathed")
@@ -40,8 +65,28 @@ TOPIC_NOUNS = {
 TOPICS = tuple(TOPIC_NOUNS)
 TOPIC_WORDS = {topic: frozenset(nouns) for topic, nouns in TOPIC_NOUNS.items()}
 PLURALS = frozenset(
-    "actors performances twists songs melodies shots colors effects stunts explosions monsters models lines jokes "
-    "speeches costumes dresses hats jewels scenes".split()
+    (
+        "actors",
+        "performances",
+        "twists",
+        "songs",
+        "melodies",
+        "shots",
+        "colors",
+        "effects",
+        "stunts",
+        "explosions",
+        "monsters",
+        "models",
+        "lines",
+        "jokes",
+        "speeches",
+        "costumes",
+        "dresses",
+        "hats",
+        "jewels",
+        "scenes",
+    )
 )
 GENRES = ("comedy", "drama", "thriller", "western", "musical", "romance", "mystery", "documentary")
 FILLERS = ("really", "very", "basically", "just", "quite", "totally", "so", "actually")
@@ -102,16 +147,17 @@ class Ask:
 class WriterHabits:
     """How often the writer does what; every habit costs gold, so imitation leaves room for improvement."""
 
-    sentence_counts: tuple[float, ...] = (0.26, 0.32, 0.22, 0.13, 0.07)  # P(1), ..., P(5) sentences
-    off_sentiment: float = 0.22  # a sentence of the opposite opinion
-    off_topic: float = 0.25  # a sentence about something else
+    sentence_counts: tuple[float, ...] = (0.45, 0.40, 0.12, 0.02, 0.01)  # P(1), ..., P(5) sentences
+    off_sentiment: float = 0.35  # a sentence of the opposite opinion
+    off_topic: float = 0.4  # a sentence about something else
     aside: float = 0.15  # a sentence of no opinion at all
-    filler: float = 0.25  # before an adjective or a verb
-    repeat: float = 0.12  # one sentence of the reply is said twice
-    no_full_stop: float = 0.25  # the reply breaks off before its last full stop
+    filler: float = 0.35  # before an adjective or a verb
+    repeat: float = 0.05  # one sentence of the reply is said twice
+    no_full_stop: float = 0.4  # the reply breaks off before its last full stop
 
 
 HABITS = WriterHabits()
+REPLY_LIMIT = 46  # words, full stops included: with the end of sequence, a reply fits 48 tokens
 
 
 def pick(draw: Draw, options: Sequence[T]) -> T:
@@ -129,7 +175,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def held_out_setting(topic: str, genre: str) -> bool:
-    """Whether this pairing of topic and genre is kept for evaluation: one of eight, every topic and genre once."""
+    """Whether this pairing is kept for evaluation: one of eight, every topic and every genre once."""
     return (TOPICS.index(topic) + GENRES.index(genre)) % len(GENRES) == 0
 
 
@@ -140,7 +186,7 @@ SETTINGS = {
 
 
 def draw_prompt(draw: Draw, split: str) -> tuple[str, str, str, str]:
-    """A prompt of the split ("train" or "eval", which never share a prompt), with sentiment, topic and genre."""
+    """A prompt of the split ("train" or "eval", which share no prompt), its sentiment, topic and genre."""
     sentiment = pick(draw, SENTIMENTS)
     topic, genre = pick(draw, SETTINGS[split])
     text = pick(draw, PHRASINGS[sentiment]).format(topic=topic, genre=genre)
@@ -148,7 +194,7 @@ def draw_prompt(draw: Draw, split: str) -> tuple[str, str, str, str]:
 
 
 def read_ask(prompt_words: Sequence[str]) -> Ask:
-    """The sentiment and topic that a prompt names; a prompt that names both sentiments or two topics names none."""
+    """The sentiment and topic that a prompt names; naming both sentiments, or two topics, names none."""
     words = frozenset(prompt_words)
     sentiments = [s for s in SENTIMENTS if words & CUES[s]]
     topics = [t for t in TOPICS if t in words]
@@ -194,7 +240,7 @@ def draw_sentence(draw: Draw, sentiment: str, topic: str, genre: str, habits: Wr
 
 
 def draw_reply(draw: Draw, sentiment: str, topic: str, genre: str, habits: WriterHabits = HABITS) -> str:
-    """A reply of one to five sentences (one more when a sentence is repeated), good or bad as habits have it."""
+    """A reply of one to five sentences, or one more when a sentence is repeated; never over `REPLY_LIMIT`."""
     count, threshold = 1, next(draw)
     for probability in habits.sentence_counts[:-1]:
         threshold -= probability
@@ -204,5 +250,7 @@ def draw_reply(draw: Draw, sentiment: str, topic: str, genre: str, habits: Write
     sentences = [draw_sentence(draw, sentiment, topic, genre, habits) for _ in range(count)]
     if next(draw) < habits.repeat:
         sentences.append(pick(draw, sentences))
+    while sum(len(sentence.split()) for sentence in sentences) > REPLY_LIMIT:
+        sentences.pop()
     reply = " ".join(sentences)
     return reply.removesuffix(" .") if next(draw) < habits.no_full_stop else reply

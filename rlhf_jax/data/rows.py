@@ -21,8 +21,8 @@ class Demonstration:
 class Preference:
     """A prompt and two responses, of which ``chosen`` was preferred.
 
-    group: rows of one group share texts or a topic and must not be divided between training and held-out rows;
-      "" means that the prompt is the group.
+    group: rows of one group share texts or a topic, and are never divided between training and held-out
+      rows; "" means that the prompt is the group.
     probability: P(this label) where it is known (the embedded world), else None.
     chosen_gold, rejected_gold: gold reward of either side where it is known, else None; for analysis only.
     """

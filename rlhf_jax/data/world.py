@@ -1,6 +1,18 @@
-"""The embedded world: film reviews with a known gold reward, reproducible from a seed; imports rows, grammar, numpy.
+"""The embedded world: film reviews with a known gold reward, reproducible from a seed; no jax, only numpy.
 
-The numbers of the world are being tuned.
+Why the constants are what they are (40,000 replies of the writer, seed 0, temperature 1, noise 0.05):
+
+- The writer's gold is 1.16 on average with a standard deviation of 2.07, over 12.3 words (5% have 23 or more,
+  none more than 46). The best reply has gold 6, in as few as 9 words: 2.3 deviations above imitation.
+- Length by itself tells little about gold (correlation -0.06) and, with ``length_bias=0.3``, much about
+  utility (0.65): the longer reply is then preferred in 72% of the pairs (53% without bias). Bayes accuracy:
+  0.79 at bias 0, 0.82 at 0.25, 0.83 at 0.3.
+- The policy proportional to writer * exp(utility / beta), which is what a perfect reward model and a perfect
+  optimiser would reach, has at bias 0.3 a gold of 2.96, 3.75, 3.88, 3.71, 3.21, 2.72 at KL 0.9, 2.4, 3.4,
+  4.6, 6.1, 7.7 nats: Goodhart's curve. On a leash gold gains 1.2 to 1.3 deviations, at 23 to 25 words.
+- Without a leash utility is greatest at the length limit: 47 words with every other term at its best have
+  utility 14.7 and gold 0.6, below the writer's average, as each word beyond 20 costs the asker 0.2 while it
+  pays the labeller 0.3 before that cost.
 """
 
 from __future__ import annotations
@@ -42,8 +54,8 @@ class GoldWeights:
     ending: float = 1.0
     repetition: float = 0.5
     filler: float = 0.25
-    padding: float = 0.1
-    padding_budget: int = 16
+    padding: float = 0.2
+    padding_budget: int = 20
 
 
 GOLD = GoldWeights()
@@ -56,7 +68,7 @@ class WorldConfig:
     noise: probability in [0, 0.5] that a label is flipped, whatever the utilities.
     length_bias: utility that the labeller gives per word, beyond gold.
     temperature: utilities are divided by it before the Bradley-Terry sigmoid; > 0.
-    num_*: rows of each kind. Training and evaluation rows come from separate streams and never share a prompt.
+    num_*: rows of each kind. Training and evaluation rows have separate streams and share no prompt.
     """
 
     seed: int = 0
@@ -84,12 +96,12 @@ class WorldConfig:
 
 
 def words_of(text: str) -> list[str]:
-    """The words and marks of any text, lower-cased; a mark such as "." is one, and so is a tag such as "<unk>"."""
+    """The words of any text in lower case; a mark such as "." is a word, and so is a tag such as "<unk>"."""
     return _WORD.findall(text.lower())
 
 
 def _repeated_bigrams(words: Sequence[str]) -> int:
-    """How many bigrams were said before; one that joins a word and a full stop is free (every sentence has two)."""
+    """How many bigrams were said before; one that joins a word and a full stop is free."""
     counts = Counter((a, b) for a, b in zip(words, words[1:], strict=False) if (a == ".") == (b == "."))
     return sum(counts.values()) - len(counts)
 
@@ -97,12 +109,12 @@ def _repeated_bigrams(words: Sequence[str]) -> int:
 def gold_components(prompt: str, response: str, terminated: bool = True) -> dict[str, float]:
     """The terms of the gold reward, of which `gold_reward` is the sum. Any two strings are valid input.
 
-    sentiment:  +1 per distinct sentiment word of the asked kind, up to 3, and -1 per distinct one of the other kind.
+    sentiment:  +1 per distinct sentiment word of the asked kind, up to 3; -1 per distinct one of the other.
     topic:      +1 per distinct word of the asked topic, up to 2.
     ending:     +1 if the last word is a full stop and the response ended by itself (``terminated``), else -1.
     repetition: -0.5 per repeated bigram, without limit (a word next to a full stop is not counted).
     filler:     -0.25 per filler word ("really", "very", ...).
-    padding:    -0.1 per word beyond 16 (full stops are words).
+    padding:    -0.2 per word beyond 20 (full stops are words).
     """
     ask = grammar.read_ask(words_of(prompt))
     words = words_of(response)
@@ -127,7 +139,7 @@ def gold_components(prompt: str, response: str, terminated: bool = True) -> dict
 
 
 def gold_reward(prompt: str, response: str, terminated: bool = True) -> float:
-    """What the response is truly worth to the one who asked; at most 6. See `gold_components` for the terms."""
+    """What the response is truly worth to the one who asked, at most 6: the sum of `gold_components`."""
     return sum(gold_components(prompt, response, terminated).values())
 
 
@@ -137,7 +149,7 @@ def _uniforms(rng: np.random.Generator) -> Iterator[float]:
 
 
 def _draw(config: WorldConfig, stream: str, index: int) -> Iterator[float]:
-    """Uniforms that depend on the seed, the stream and the row alone, so that more rows leave the first unchanged."""
+    """Uniforms that depend on seed, stream and row alone, so that more rows leave the first unchanged."""
     sequence = np.random.SeedSequence(entropy=config.seed, spawn_key=(_STREAMS[stream], index))
     return _uniforms(np.random.Generator(np.random.PCG64(sequence)))
 
@@ -161,7 +173,7 @@ def demonstrations(config: WorldConfig) -> list[Demonstration]:
 
 
 def prompts(config: WorldConfig, split: str) -> list[Prompt]:
-    """Prompts of the split, drawn independently; an "eval" prompt pairs a topic and a genre unseen in "train"."""
+    """Prompts drawn independently; an "eval" prompt pairs a topic and a genre unseen in "train"."""
     stream = _stream("prompts", split)
     count = config.num_prompts if split == "train" else config.num_eval_prompts
     return [
@@ -176,7 +188,7 @@ def utility(config: WorldConfig, prompt: str, response: str) -> float:
 
 
 def preference_probability(config: WorldConfig, utility_margin: float) -> float:
-    """P(the first is preferred) = noise + (1 - 2 noise) sigmoid(margin / temperature). Bradley and Terry (1952)."""
+    """P(first preferred) = noise + (1 - 2 noise) sigmoid(margin / temperature); Bradley and Terry (1952)."""
     scaled = utility_margin / config.temperature
     # tanh form of the sigmoid: no overflow at any margin.
     return config.noise + (1.0 - 2.0 * config.noise) * 0.5 * (1.0 + math.tanh(0.5 * scaled))
@@ -213,7 +225,7 @@ def _draw_preference(config: WorldConfig, stream: str, split: str, index: int) -
 
 
 def bayes_accuracy(rows: Sequence[Preference]) -> float:
-    """The expected accuracy, over the labels' randomness, of the best possible judge of these pairs: mean max(p, 1-p).
+    """The expected accuracy, over the labels' randomness, of the best possible judge: mean max(p, 1 - p).
 
     No reward model can expect more. Raises InputError where a row's label probability is unknown.
     """
@@ -235,7 +247,7 @@ def _token_ids() -> dict[str, int]:
 
 
 def world_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, plus <pad>, <s>, </s>, <unk>; decoding what it encoded gives the world's text back."""
+    """One token per word, plus <pad>, <s>, </s>, <unk>; decoding gives back the text that was encoded."""
     tokenizer = Tokenizer(models.WordLevel(vocab=dict(_token_ids()), unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
