@@ -9,7 +9,7 @@ The layout is that of `rlhf_jax.types`: prompts end at column P (padding on the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import grain
@@ -277,21 +277,17 @@ def _lay_out(encoded: Encoded, prompt_ids: Sequence[int], response_ids: Sequence
     )
 
 
-def _demonstration(encoded: Encoded[EncodedDemonstration], index: int) -> DemonstrationBatch:
+def _row(encoded: Encoded, index: int) -> Any:
+    """What a batch holds of one row, without the batch axis."""
     row = encoded.rows[index]
-    return _lay_out(encoded, row.prompt_ids, row.response_ids)
-
-
-def _preference(encoded: Encoded[EncodedPreference], index: int) -> PreferenceBatch:
-    row = encoded.rows[index]
-    return PreferenceBatch(
-        chosen=_lay_out(encoded, row.chosen_prompt_ids, row.chosen_ids),
-        rejected=_lay_out(encoded, row.rejected_prompt_ids, row.rejected_ids),
-    )
-
-
-def _prompt(encoded: Encoded[EncodedPrompt], index: int) -> dict[str, np.ndarray]:
-    tokens, mask = pad_left(encoded.rows[index].prompt_ids, encoded.prompt_length, encoded.pad_id)
+    if isinstance(row, EncodedDemonstration):
+        return _lay_out(encoded, row.prompt_ids, row.response_ids)
+    if isinstance(row, EncodedPreference):
+        return PreferenceBatch(
+            chosen=_lay_out(encoded, row.chosen_prompt_ids, row.chosen_ids),
+            rejected=_lay_out(encoded, row.rejected_prompt_ids, row.rejected_ids),
+        )
+    tokens, mask = pad_left(row.prompt_ids, encoded.prompt_length, encoded.pad_id)
     return {"tokens": tokens, "token_mask": mask, "index": np.int32(index)}
 
 
@@ -304,36 +300,36 @@ def demonstration_batches(
     batch may begin in one epoch and end in the next, so that every row is seen once an epoch, whatever the
     batch size.
     """
-    return _batches(encoded, _demonstration, batch_size=batch_size, seed=seed)
+    return _batches(encoded, batch_size=batch_size, seed=seed)
 
 
 def preference_batches(
     encoded: Encoded[EncodedPreference], *, batch_size: int, seed: int
 ) -> grain.DatasetIterator[PreferenceBatch]:
     """Endless batches of pairs; see `demonstration_batches`."""
-    return _batches(encoded, _preference, batch_size=batch_size, seed=seed)
+    return _batches(encoded, batch_size=batch_size, seed=seed)
 
 
 def prompt_batches(
     encoded: Encoded[EncodedPrompt], *, batch_size: int, seed: int
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Endless batches: tokens [B, P] int32, token_mask [B, P] bool, index [B] int32 into ``encoded.rows``."""
-    return _batches(encoded, _prompt, batch_size=batch_size, seed=seed)
+    return _batches(encoded, batch_size=batch_size, seed=seed)
 
 
-def _batches(
-    encoded: Encoded, lay_out: Callable[[Encoded, int], Any], *, batch_size: int, seed: int
-) -> grain.DatasetIterator:
+def _batches(encoded: Encoded, *, batch_size: int, seed: int) -> grain.DatasetIterator:
     if batch_size < 1 or not encoded.rows:
         raise InputError(
             f"{len(encoded)} rows in batches of {batch_size} make no batch: give at least one of each."
         )
+    if not 0 <= seed < 2**32:
+        raise InputError(f"the data seed is {seed}: give one of at least 0 and below 2**32.")
     dataset = (
         grain.MapDataset.range(len(encoded))
         .seed(seed)
         .shuffle()
         .repeat()
-        .map(lambda index: lay_out(encoded, int(index)))
+        .map(lambda index: _row(encoded, int(index)))
         .batch(batch_size)
     )
     # Rows lie in memory already: threads that read ahead would only compete with the computation.
@@ -343,19 +339,12 @@ def _batches(
 def eval_batches(encoded: Encoded, batch_size: int) -> Iterator[tuple[Any, np.ndarray]]:
     """(batch, row mask [B] bool) over all rows once, in order.
 
-    The batch is of the kind that the endless iterators yield. The last one is filled up with its own last
-    row, marked False, so that every batch has the same shape and nothing is dropped.
+    The batch is of the kind that the endless iterators yield. The last one is filled up with the last row,
+    marked False, so that every batch has the same shape and nothing is dropped.
     """
     if batch_size < 1:
         raise InputError(f"an evaluation batch size of {batch_size} makes no batch: give at least 1.")
     for start in range(0, len(encoded), batch_size):
         indices = np.arange(start, start + batch_size)
-        rows = [_LAYOUTS[type(encoded.rows[0])](encoded, min(int(i), len(encoded) - 1)) for i in indices]
+        rows = [_row(encoded, min(int(i), len(encoded) - 1)) for i in indices]
         yield jax.tree.map(lambda *leaves: np.stack(leaves), *rows), indices < len(encoded)
-
-
-_LAYOUTS: dict[type, Callable[[Encoded, int], Any]] = {
-    EncodedDemonstration: _demonstration,
-    EncodedPreference: _preference,
-    EncodedPrompt: _prompt,
-}

@@ -51,7 +51,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, path: str | pathlib.Path)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256, in hex, of what decides the ids: vocabulary, merges, special tokens; stable from run to run."""
+    """SHA-256, in hex, of what decides the ids: vocabulary, merges, special tokens; stable between runs."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     content = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
