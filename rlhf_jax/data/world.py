@@ -3,7 +3,8 @@
 Why the constants are what they are (40,000 replies of the writer, seed 0, temperature 1, noise 0.05):
 
 - The writer's gold is 1.16 on average with a standard deviation of 2.07, over 12.3 words (5% have 23 or more,
-  none more than 46). The best reply has gold 6, in as few as 9 words: 2.3 deviations above imitation.
+  none more than 46). The greatest gold is 6, as of "i loved the charming cast and the brilliant
+  acting .": 2.3 deviations above imitation.
 - Length by itself tells little about gold (correlation -0.06) and, with ``length_bias=0.3``, much about
   utility (0.65): the longer reply is then preferred in 72% of the pairs (53% without bias). Bayes accuracy:
   0.79 at bias 0, 0.82 at 0.25, 0.83 at 0.3.
@@ -132,9 +133,9 @@ def gold_components(prompt: str, response: str, terminated: bool = True) -> dict
         "sentiment": sentiment,
         "topic": topic,
         "ending": GOLD.ending if clean else -GOLD.ending,
-        "repetition": -GOLD.repetition * _repeated_bigrams(words),
-        "filler": -GOLD.filler * sum(word in grammar.FILLERS for word in words),
-        "padding": -GOLD.padding * max(0, len(words) - GOLD.padding_budget),
+        "repetition": 0.0 - GOLD.repetition * _repeated_bigrams(words),
+        "filler": 0.0 - GOLD.filler * sum(word in grammar.FILLERS for word in words),
+        "padding": 0.0 - GOLD.padding * max(0, len(words) - GOLD.padding_budget),
     }
 
 

@@ -1,0 +1,362 @@
+"""The embedded world: gold by hand, reproduction, the Bayes ceiling, Goodhart's curve without a network."""
+
+import hashlib
+import math
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_jax.data import grammar
+from rlhf_jax.data.rows import Preference
+from rlhf_jax.data.world import (
+    WorldConfig,
+    bayes_accuracy,
+    demonstrations,
+    gold_components,
+    gold_reward,
+    preference_probability,
+    preferences,
+    prompts,
+    utility,
+    words_of,
+    world_tokenizer,
+)
+from rlhf_jax.errors import InputError
+
+PRAISE = "write a positive review of the acting in this comedy ."
+PAN = "please criticize the music of the western ."
+SMALL = WorldConfig(
+    seed=7,
+    length_bias=0.3,
+    num_demonstrations=200,
+    num_preferences=300,
+    num_prompts=200,
+    num_eval_prompts=100,
+    num_eval_preferences=150,
+)
+# Of every row of SMALL. Another digest is another world: every number reported on this one is then void.
+SMALL_DIGEST = "de74229e605c1ed9176385dab53b9173dc32e3de811a8c8093c5ac4e5b50ab65"
+
+
+def _digest(config: WorldConfig) -> str:
+    rows = [
+        *demonstrations(config),
+        *preferences(config, "train"),
+        *preferences(config, "eval"),
+        *prompts(config, "train"),
+        *prompts(config, "eval"),
+    ]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
+def _terms(sentiment=0.0, topic=0.0, ending=1.0, repetition=0.0, filler=0.0, padding=0.0):
+    return dict(locals())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "terminated", "expected"),
+    [
+        (PRAISE, "the cast was brilliant .", True, _terms(sentiment=1, topic=1)),
+        (PRAISE, "the cast was brilliant .", False, _terms(sentiment=1, topic=1, ending=-1)),
+        (PRAISE, "the cast was brilliant", True, _terms(sentiment=1, topic=1, ending=-1)),
+        (PRAISE, "", True, _terms(ending=-1)),
+        (PAN, "the cast was brilliant .", True, _terms(sentiment=-1)),
+        (PAN, "i hated the songs and the dull score .", True, _terms(sentiment=2, topic=2)),
+        # Four wanted words count as three; each of the two unwanted ones still costs one.
+        (PAN, "dull weak flat stale great bold .", True, _terms(sentiment=3 - 2)),
+        # The same word twice is one distinct word, for sentiment and for topic, and no repeated bigram.
+        (PAN, "songs songs dull dull .", True, _terms(sentiment=1, topic=1)),
+        # Three topic words count as two.
+        (PAN, "music songs score .", True, _terms(topic=2)),
+        # "the cast", "cast was", "was bold" are said again; "bold ." and ". the" are free.
+        (
+            PRAISE,
+            "the cast was bold . the cast was bold .",
+            True,
+            _terms(sentiment=1, topic=1, repetition=-1.5),
+        ),
+        # ". ." three times: two repetitions. "a a" five times: four.
+        (PRAISE, ". . . .", True, _terms(repetition=-1)),
+        (PRAISE, "a a a a a a", True, _terms(ending=-1, repetition=-2)),
+        (PRAISE, "the cast was really very bold .", True, _terms(sentiment=1, topic=1, filler=-0.5)),
+        # 23 words: three beyond the budget of 20.
+        (PRAISE, " ".join("abcdefghijklmnopqrstuv") + " .", True, _terms(padding=-0.6)),
+        # Words are found whatever the case and the blanks; tags are words.
+        (PRAISE, "The CAST was\n brilliant.", True, _terms(sentiment=1, topic=1)),
+        (PRAISE, "<pad> <unk> </s>", True, _terms(ending=-1)),
+        # A prompt that asks for nothing, or for both, or for two topics, pays for neither.
+        ("", "the cast was brilliant .", True, _terms()),
+        ("praise or criticize the acting .", "the cast was brilliant .", True, _terms(topic=1)),
+        ("praise the acting and the music .", "the cast was brilliant .", True, _terms(sentiment=1)),
+    ],
+)
+def test_gold_by_hand(prompt, response, terminated, expected):
+    assert gold_components(prompt, response, terminated) == pytest.approx(expected)
+    assert gold_reward(prompt, response, terminated) == pytest.approx(sum(expected.values()))
+
+
+_babble = st.one_of(
+    st.text(), st.lists(st.sampled_from([*grammar.vocabulary(), "<pad>", "xyzzy"]), max_size=60).map(" ".join)
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(prompt=_babble, response=_babble, terminated=st.booleans())
+def test_gold_is_total_and_at_most_six(prompt, response, terminated):
+    gold = gold_reward(prompt, response, terminated)
+    assert type(gold) is float
+    words = len(words_of(response))
+    # The least that any text of so many words can have, term by term.
+    assert -1 - words * (1 + 0.5 + 0.25 + 0.2) <= gold <= 6.0
+
+
+def test_the_best_reply_has_gold_six():
+    assert gold_reward(PRAISE, "i loved the charming cast and the brilliant acting .") == 6.0
+
+
+def test_saying_it_again_only_costs():
+    reply = "i loved the charming cast and the brilliant acting ."
+    golds = [gold_reward(PRAISE, " ".join([reply] * times)) for times in range(1, 8)]
+    assert all(later <= earlier - 1.0 for earlier, later in zip(golds, golds[1:], strict=False))
+
+
+def test_word_lists_do_not_overlap():
+    groups = [
+        *grammar.SENTIMENT_WORDS.values(),
+        *grammar.TOPIC_WORDS.values(),
+        frozenset(grammar.FILLERS),
+        frozenset(grammar.GENRES),
+        *grammar.CUES.values(),
+        frozenset(word for text in grammar.ASIDES for word in text.split() if word != "{genre}"),
+    ]
+    for i, group in enumerate(groups):
+        for other in groups[i + 1 :]:
+            assert not group & other
+    assert 150 <= len(grammar.vocabulary()) <= 200
+    assert math.isclose(sum(grammar.HABITS.sentence_counts), 1.0)
+
+
+def test_every_prompt_says_what_it_asks():
+    for split in ("train", "eval"):
+        rng = random.Random(0)
+        for _ in range(300):
+            text, sentiment, topic, _ = grammar.draw_prompt(iter(rng.random, None), split)
+            assert grammar.read_ask(text.split()) == grammar.Ask(sentiment=sentiment, topic=topic)
+
+
+def test_same_rows_in_a_fresh_process():
+    assert _digest(SMALL) == SMALL_DIGEST
+    script = (
+        "import hashlib\n"
+        "from rlhf_jax.data.world import *\n"
+        f"c = {SMALL!r}\n"
+        "rows = [*demonstrations(c), *preferences(c, 'train'), *preferences(c, 'eval'), *prompts(c, 'train'),"
+        " *prompts(c, 'eval')]\n"
+        "print(hashlib.sha256(repr(rows).encode()).hexdigest())\n"
+    )
+    command = [sys.executable, "-c", script]
+    fresh = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert fresh.stdout.strip() == SMALL_DIGEST
+
+
+def test_more_rows_leave_the_first_ones_unchanged_and_seeds_differ():
+    few = preferences(WorldConfig(num_preferences=20), "train")
+    assert preferences(WorldConfig(num_preferences=60), "train")[:20] == few
+    assert preferences(WorldConfig(num_preferences=20, seed=1), "train") != few
+    assert len({row.chosen for row in few} & {row.response for row in demonstrations(SMALL)}) < 10
+
+
+def test_held_out_prompts_are_never_trained_on():
+    seen = {row.prompt for row in prompts(SMALL, "train")}
+    seen |= {row.prompt for row in preferences(SMALL, "train")} | {
+        row.prompt for row in demonstrations(SMALL)
+    }
+    held_out = {row.prompt for row in prompts(SMALL, "eval")} | {
+        row.prompt for row in preferences(SMALL, "eval")
+    }
+    assert len(held_out) > 30
+    assert not seen & held_out
+    assert {row.source for row in prompts(SMALL, "eval")} == {f"world:prompts/eval/{i}" for i in range(100)}
+
+
+def test_pairs_differ_and_carry_their_gold_and_label_probability():
+    flipped = 0
+    for row in preferences(SMALL, "train"):
+        assert row.chosen != row.rejected
+        assert row.chosen_gold == gold_reward(row.prompt, row.chosen)
+        assert row.rejected_gold == gold_reward(row.prompt, row.rejected)
+        chosen = row.chosen_gold + 0.3 * len(row.chosen.split())
+        rejected = row.rejected_gold + 0.3 * len(row.rejected.split())
+        expected = 0.05 + 0.9 / (1.0 + math.exp(rejected - chosen))
+        assert row.probability == pytest.approx(expected, abs=1e-12)
+        flipped += row.probability < 0.5
+    assert 20 < flipped < 100
+
+
+def test_bayes_accuracy_by_hand():
+    def row(probability):
+        return Preference(prompt="p", chosen="a", rejected="b", source="s", probability=probability)
+
+    assert bayes_accuracy([row(0.9), row(0.2), row(0.5)]) == pytest.approx((0.9 + 0.8 + 0.5) / 3)
+    with pytest.raises(InputError, match="file:3 has no label probability"):
+        bayes_accuracy([Preference(prompt="p", chosen="a", rejected="b", source="file:3")])
+    with pytest.raises(InputError, match="no rows"):
+        bayes_accuracy([])
+
+
+@pytest.mark.parametrize(
+    ("noise", "length_bias", "temperature"), [(0.05, 0.0, 1.0), (0.2, 0.3, 0.5), (0.0, 0.1, 3.0)]
+)
+def test_bayes_accuracy_is_what_the_best_judge_scores(noise, length_bias, temperature):
+    config = WorldConfig(
+        noise=noise, length_bias=length_bias, temperature=temperature, num_eval_preferences=6000
+    )
+    rows = preferences(config, "eval")
+    margins = [utility(config, r.prompt, r.chosen) - utility(config, r.prompt, r.rejected) for r in rows]
+    # The best judge says that the higher utility was preferred; a tie is a coin.
+    hits = np.array([0.5 * (1 + np.sign(margin)) for margin in margins])
+    assert abs(hits.mean() - bayes_accuracy(rows)) < 4.0 * 0.5 / math.sqrt(len(rows))
+    # A judge of length alone, and one of gold alone, stay below it.
+    length = np.mean([0.5 * (1 + np.sign(len(r.chosen.split()) - len(r.rejected.split()))) for r in rows])
+    assert length < bayes_accuracy(rows) - 0.05
+
+
+def test_labels_are_drawn_as_bradley_terry_says():
+    config = WorldConfig(noise=0.1, num_preferences=8000)
+    rows = preferences(config, "train")
+    # Among pairs that a judge gives p for the better side, the better side was chosen in a share p of them.
+    better = np.array([max(r.probability, 1 - r.probability) for r in rows])
+    chosen = np.array([r.probability >= 0.5 for r in rows])
+    for low, high in ((0.5, 0.6), (0.6, 0.7), (0.7, 0.8), (0.8, 0.9)):
+        inside = (better > low + 1e-9) & (better < high)  # ties have no better side
+        error = 4.0 * 0.5 / math.sqrt(inside.sum())
+        assert inside.sum() > 500
+        assert abs(chosen[inside].mean() - better[inside].mean()) < error
+
+
+def test_limits_of_noise_and_temperature():
+    noisy = preferences(WorldConfig(noise=0.5, num_eval_preferences=50), "eval")
+    assert bayes_accuracy(noisy) == 0.5
+    cold = WorldConfig(noise=0.0, temperature=1e-6, length_bias=0.1234567, num_eval_preferences=200)
+    certain = [row.probability for row in preferences(cold, "eval") if row.probability != 0.5]
+    assert len(certain) > 150
+    assert set(certain) == {1.0}
+    assert preference_probability(cold, 1e308) == 1.0
+    assert preference_probability(cold, -1e308) == 0.0
+
+
+@pytest.fixture(scope="module")
+def writer():
+    """(gold [N], words [N]) of 20,000 replies."""
+    rows = demonstrations(WorldConfig(num_demonstrations=20_000))
+    gold = np.array([gold_reward(row.prompt, row.response) for row in rows])
+    return gold, np.array([len(row.response.split()) for row in rows])
+
+
+def test_the_writer_is_as_documented(writer):
+    gold, words = writer
+    assert gold.mean() == pytest.approx(1.16, abs=0.06)
+    assert gold.std() == pytest.approx(2.07, abs=0.06)
+    assert words.mean() == pytest.approx(12.3, abs=0.2)
+    assert words.max() <= grammar.REPLY_LIMIT == 46
+    assert np.percentile(words, 95) == pytest.approx(23, abs=1)
+    assert np.corrcoef(gold, words)[0, 1] == pytest.approx(-0.06, abs=0.04)
+    assert np.corrcoef(gold + 0.3 * words, words)[0, 1] == pytest.approx(0.65, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("length_bias", "bayes", "longer"), [(0.0, 0.79, 0.53), (0.25, 0.82, 0.69), (0.3, 0.83, 0.72)]
+)
+def test_ceiling_and_length_bias_are_as_documented(length_bias, bayes, longer):
+    rows = preferences(WorldConfig(length_bias=length_bias, num_eval_preferences=4000), "eval")
+    assert bayes_accuracy(rows) == pytest.approx(bayes, abs=0.01)
+    sides = np.array([(len(row.chosen.split()), len(row.rejected.split())) for row in rows])
+    sides = sides[sides[:, 0] != sides[:, 1]]
+    assert np.mean(sides[:, 0] > sides[:, 1]) == pytest.approx(longer, abs=0.03)
+
+
+def _tilted_gold(gold, reward, beta):
+    """Mean gold under the policy proportional to writer * exp(reward / beta), and its KL to the writer."""
+    weights = np.exp((reward - reward.max()) / beta)
+    weights /= weights.sum()
+    kept = weights[weights > 0]
+    return weights @ gold, kept @ np.log(kept * len(gold))
+
+
+def test_goodhart_on_a_leash_gold_rises_and_off_it_gold_falls(writer):
+    gold, words = writer
+    proxy = gold + 0.3 * words
+    leashed, kl = _tilted_gold(gold, proxy, beta=0.7)
+    assert kl < 5.0
+    assert leashed > gold.mean() + 1.1 * gold.std()
+    loose, kl_loose = _tilted_gold(gold, proxy, beta=0.3)
+    assert kl_loose > kl + 2.0
+    assert loose < leashed - 0.3
+    # At the limit of length, the best that the labeller can be shown is worth less than an average reply.
+    asides = " ".join(grammar.ASIDES).format(genre="comedy").split()
+    best = words_of("i loved the charming cast and the brilliant acting .") + asides[:36] + ["."]
+    assert len(best) == 47
+    at_limit = gold_reward(PRAISE, " ".join(best))
+    assert at_limit + 0.3 * 47 > proxy.max()
+    assert at_limit == pytest.approx(0.6, abs=1.01)
+    assert leashed - at_limit > 0.3 * (leashed - gold.mean())
+
+
+def test_without_length_bias_more_reward_is_more_gold(writer):
+    gold, _ = writer
+    golds = [_tilted_gold(gold, gold, beta)[0] for beta in (4.0, 2.0, 1.0, 0.5, 0.25, 0.1)]
+    assert golds == sorted(golds)
+    assert golds[-1] > 5.8
+
+
+def test_tokenizer_is_lossless_and_knows_every_word():
+    tokenizer = world_tokenizer()
+    assert [
+        tokenizer.pad_token_id,
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.unk_token_id,
+    ] == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert len(tokenizer) == 4 + len(grammar.vocabulary())
+    texts = [row.prompt for row in prompts(SMALL, "eval")]
+    texts += [text for row in preferences(SMALL, "train") for text in (row.prompt, row.chosen, row.rejected)]
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert len(ids) == len(text.split())
+        assert min(ids) > 3
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("the zebra", add_special_tokens=False)[1] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": -1}, "seed is -1"),
+        ({"noise": 0.6}, "noise is 0.6"),
+        ({"noise": -0.1}, "noise is -0.1"),
+        ({"noise": math.nan}, "noise is nan"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"length_bias": math.inf}, "length_bias is inf"),
+        ({"num_prompts": -3}, "num_prompts is -3"),
+    ],
+)
+def test_a_world_that_cannot_be(changes, message):
+    with pytest.raises(InputError, match=message):
+        WorldConfig(**changes)
+
+
+def test_unknown_split():
+    with pytest.raises(InputError, match="'test'"):
+        prompts(SMALL, "test")
+    with pytest.raises(InputError, match="'test'"):
+        preferences(SMALL, "test")
