@@ -303,7 +303,7 @@ def test_goodhart_on_a_leash_gold_rises_and_off_it_gold_falls(writer):
     assert len(best) == 47
     at_limit = gold_reward(PRAISE, " ".join(best))
     assert at_limit + 0.3 * 47 > proxy.max()
-    assert at_limit == pytest.approx(0.6, abs=1.01)
+    assert at_limit == pytest.approx(0.6)
     assert leashed - at_limit > 0.3 * (leashed - gold.mean())
 
 
