@@ -37,7 +37,9 @@ class Checkpoints:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"cannot write to workdir {workdir}: {error.strerror}; give a writable one") from error
+            raise InputError(
+                f"cannot write to workdir {workdir}: {error.strerror}; give a writable one"
+            ) from error
         self._manager = ocp.CheckpointManager(
             self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
         )
@@ -190,7 +192,9 @@ def load_handoff(workdir: str | pathlib.Path) -> tuple[Handoff, pathlib.Path]:
         raise InputError(f"the run at {workdir} has left no hand-off yet; run its stage to the end first")
     damage = find_damage(path, path / "digests.json")
     if damage:
-        raise InputError(f"the hand-off {path} is damaged ({damage}); run that stage again in a fresh workdir")
+        raise InputError(
+            f"the hand-off {path} is damaged ({damage}); run that stage again in a fresh workdir"
+        )
     return Handoff(**json.loads((path / "handoff.json").read_text())), path
 
 

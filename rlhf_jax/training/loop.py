@@ -82,10 +82,11 @@ def fit(
         writer = MetricsWriter(workdir, start_step=done if restored is not None else -1)
         if restored is None and evaluate is not None:
             writer.write(0, evaluate(state))
-        saved = done
+        saved = done if restored is not None else None
         while done < schedule.num_steps and stop.requested is None:
             state, metrics = step(state, next(batches))
             done += 1
+            metrics = jax.device_get(dict(metrics))
             pending.add(metrics)
             now = Accumulator()
             now.add(metrics)
@@ -102,7 +103,7 @@ def fit(
                 checkpoints.save(done, state, batches, {"pending": pending.to_json()})
                 saved = done
         if stop.requested is not None and done < schedule.num_steps:
-            if saved != done or done == 0:
+            if saved != done:
                 checkpoints.save(done, state, batches, {"pending": pending.to_json()})
             raise Interrupted(
                 f"{stop.requested}: saved step {done} of {schedule.num_steps} in {checkpoints.directory}; "

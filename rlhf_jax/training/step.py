@@ -75,7 +75,9 @@ def make_train_step(
     def loss_and_metrics(params, frozen, batch, weights):
         terms, metrics = objective(params, frozen, batch)
         losses = {name: _safe_divide(term.total, weights[name]) for name, term in terms.items()}
-        metrics = {f"loss/{name}": WeightedSum(term.total, term.weight) for name, term in terms.items()} | dict(metrics)
+        metrics = {
+            f"loss/{name}": WeightedSum(term.total, term.weight) for name, term in terms.items()
+        } | dict(metrics)
         return sum(losses.values()), metrics
 
     def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict]:

@@ -1,0 +1,8 @@
+"""TODO"""
+
+from experiments.launch import to_config_dict
+from rlhf_jax.stages import sft
+
+
+def get_config():
+    return to_config_dict(sft.Config())

@@ -1,0 +1,24 @@
+"""Direct preference optimisation: the shortcut from SFT and pairs to an aligned policy.
+
+python -m experiments.dpo --workdir=runs/dpo --init_from=runs/sft
+"""
+
+from experiments import launch
+from rlhf_jax.stages import config as configs
+from rlhf_jax.stages import dpo
+
+CONFIG = launch.define_config("dpo")
+WORKDIR = launch.define_workdir()
+INIT_FROM = launch.define_init_from(
+    "Run directory of SFT, or a Hugging Face directory: the initial policy and the frozen reference."
+)
+PARALLELISM = launch.define_parallelism()
+
+
+def main(stop):
+    config = configs.from_dict(dpo.Config, CONFIG.value.to_dict())
+    dpo.run(config, WORKDIR.value, init_from=INIT_FROM.value, parallelism=PARALLELISM.value, stop=stop)
+
+
+if __name__ == "__main__":
+    launch.launch(main)

@@ -1,0 +1,42 @@
+"""Measures policies side by side: proxy, gold, KL to SFT, length, distinct-2, and best-of-n of the SFT policy.
+
+    python -m experiments.evaluate --workdir=runs/evaluate --init_from=runs/sft --reward_from=runs/reward_model \\
+        --policies=ppo=runs/ppo,dpo=runs/dpo
+"""
+
+from absl import flags
+
+from experiments import launch, table
+from rlhf_jax.errors import InputError
+from rlhf_jax.stages import config as configs
+from rlhf_jax.stages import evaluate
+
+CONFIG = launch.define_config("evaluate")
+WORKDIR = launch.define_workdir()
+INIT_FROM = launch.define_init_from(
+    "Run directory of SFT: the reference, and the policy best-of-n draws from."
+)
+REWARD_FROM = flags.DEFINE_string(
+    "reward_from", None, "Run directory of the reward model: the proxy.", required=True
+)
+POLICIES = flags.DEFINE_list("policies", [], "Comma-separated name=run directory, one a policy.")
+
+
+def main(stop):
+    config = configs.from_dict(evaluate.Config, CONFIG.value.to_dict())
+    unnamed = [item for item in POLICIES.value if "=" not in item]
+    if unnamed:
+        raise InputError(f"--policies has {unnamed[0]!r}; write name=run directory")
+    summary = evaluate.run(
+        config,
+        WORKDIR.value,
+        reference_from=INIT_FROM.value,
+        reward_from=REWARD_FROM.value,
+        policies_from=dict(item.split("=", 1) for item in POLICIES.value),
+        stop=stop,
+    )
+    print(table.policies(summary))
+
+
+if __name__ == "__main__":
+    launch.launch(main)

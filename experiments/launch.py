@@ -1,0 +1,96 @@
+"""What every main shares: how a run starts, and how it ends when something is wrong. Imports stages."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.training.interrupt import Interrupted, StopRequest, stop_on_signals
+
+CONFIGS = pathlib.Path(__file__).parent / "configs"
+
+
+def define_config(name: str) -> flags.FlagHolder:
+    """``--config=<file.py>``, by default ``experiments/configs/<name>.py``; fields change by ``--config.a.b=value``."""
+    return config_flags.DEFINE_config_file(
+        "config",
+        str(CONFIGS / f"{name}.py"),
+        "A Python file with get_config(). Any field can be set on the command line: --config.optimizer.learning_rate=1e-4. "
+        "The file's docstring gives the command, the time it takes and the number to expect.",
+    )
+
+
+def define_workdir() -> flags.FlagHolder:
+    return flags.DEFINE_string(
+        "workdir",
+        None,
+        "Directory of this run: config.json, metrics.jsonl, tensorboard/, checkpoints/ and, when done, handoff/. Run the same "
+        "command again to resume; a finished run is left as it is; a directory of another config is refused.",
+        required=True,
+    )
+
+
+def define_parallelism() -> flags.FlagHolder:
+    return flags.DEFINE_enum(
+        "parallelism",
+        "jit",
+        ["jit", "pmap"],
+        "How an update runs on many devices: jit with shardings, or pmap with replicas. The update is the same.",
+    )
+
+
+def define_init_from(what: str) -> flags.FlagHolder:
+    return flags.DEFINE_string("init_from", None, what, required=True)
+
+
+def to_config_dict(config: Any) -> ml_collections.ConfigDict:
+    """A frozen config dataclass as the ConfigDict that flags can override."""
+    from dataclasses import asdict
+
+    return ml_collections.ConfigDict(asdict(config), convert_dict=True, allow_dotted_keys=False)
+
+
+def launch(main: Callable[[StopRequest], None]) -> None:
+    """Runs ``main`` under absl with what a person at a shell expects.
+
+    Exit status: 0 when done, and after Ctrl-C or SIGTERM once everything is saved; 2 with one sentence on standard error
+    where something given cannot be used.
+    """
+
+    def absl_main(argv: list[str]) -> None:
+        if len(argv) > 1:
+            _stop_with(f"unexpected argument {argv[1]!r}; options start with --, see --help")
+        logging.set_verbosity(logging.WARNING)
+        enable_compilation_cache()
+        try:
+            with stop_on_signals() as stop:
+                main(stop)
+        except InputError as error:
+            _stop_with(str(error))
+        except Interrupted as interrupted:
+            print(interrupted, file=sys.stderr)
+
+    app.run(absl_main)
+
+
+def enable_compilation_cache() -> None:
+    """Compiled programs are kept between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/rlhf_jax."""
+    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
+        pathlib.Path.home() / ".cache" / "rlhf_jax"
+    )
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _stop_with(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

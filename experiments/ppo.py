@@ -1,0 +1,40 @@
+"""PPO against a learned reward, on a per-token KL leash to the SFT policy.
+
+python -m experiments.ppo --workdir=runs/ppo --init_from=runs/sft --reward_from=runs/reward_model
+python -m experiments.ppo --workdir=runs/ppo_no_leash --init_from=runs/sft --reward_from=runs/reward_model --config.beta=0.0
+"""
+
+from absl import flags
+
+from experiments import launch
+from rlhf_jax.stages import config as configs
+from rlhf_jax.stages import ppo
+
+CONFIG = launch.define_config("ppo")
+WORKDIR = launch.define_workdir()
+INIT_FROM = launch.define_init_from(
+    "Run directory of SFT, or a Hugging Face directory: the initial policy and the frozen reference."
+)
+REWARD_FROM = flags.DEFINE_string(
+    "reward_from",
+    None,
+    "Run directory of the reward model: the frozen reward, and the initial value model.",
+    required=True,
+)
+PARALLELISM = launch.define_parallelism()
+
+
+def main(stop):
+    config = configs.from_dict(ppo.Config, CONFIG.value.to_dict())
+    ppo.run(
+        config,
+        WORKDIR.value,
+        init_from=INIT_FROM.value,
+        reward_from=REWARD_FROM.value,
+        parallelism=PARALLELISM.value,
+        stop=stop,
+    )
+
+
+if __name__ == "__main__":
+    launch.launch(main)

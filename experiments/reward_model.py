@@ -1,0 +1,26 @@
+"""A Bradley-Terry reward model from pairwise preferences.
+
+python -m experiments.reward_model --workdir=runs/reward_model --init_from=runs/sft
+"""
+
+from experiments import launch
+from rlhf_jax.stages import config as configs
+from rlhf_jax.stages import reward_model
+
+CONFIG = launch.define_config("reward_model")
+WORKDIR = launch.define_workdir()
+INIT_FROM = launch.define_init_from(
+    "Run directory of SFT, or a Hugging Face directory: the trunk to start from."
+)
+PARALLELISM = launch.define_parallelism()
+
+
+def main(stop):
+    config = configs.from_dict(reward_model.Config, CONFIG.value.to_dict())
+    reward_model.run(
+        config, WORKDIR.value, init_from=INIT_FROM.value, parallelism=PARALLELISM.value, stop=stop
+    )
+
+
+if __name__ == "__main__":
+    launch.launch(main)

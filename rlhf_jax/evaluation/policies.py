@@ -1,0 +1,152 @@
+"""Sampling from a policy and measuring what it says: proxy, gold, KL to the reference, length, diversity.
+
+Imports models, sampling, rewards, losses, data and types.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.data import batches
+from rlhf_jax.data import tokenizer as tokenizers
+from rlhf_jax.evaluation.diversity import distinct_n
+from rlhf_jax.losses import full_kl
+from rlhf_jax.models import decoder
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.rewards import reward_model
+from rlhf_jax.sampling.generate import SamplingConfig, generate
+from rlhf_jax.training.forward import response_hidden_states
+from rlhf_jax.types import Rollout
+
+GoldReward = Callable[[str, str, bool], float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One response and what was measured of it; ``gold`` is None where there is no gold reward, ``kl`` is in nats."""
+
+    prompt: str
+    response: str
+    proxy: float
+    gold: float | None
+    kl: float
+    length: int
+    terminated: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judge:
+    """What every policy of a run is measured with.
+
+    model: the shape shared by policy and reference. reference: params that KL is taken to. reward_config, reward,
+    reward_offset: the proxy. gold: the gold reward, or None. tokenizer: turns ids into text.
+    """
+
+    model: ModelConfig
+    reference: Any
+    reward_config: ModelConfig
+    reward: Any
+    reward_offset: float
+    gold: GoldReward | None
+    tokenizer: Any
+
+
+def response_texts(tokenizer: Any, rollout: Rollout) -> list[str]:
+    """The decoded responses of a rollout; the EOS that ends one is left out, special tokens inside stay visible."""
+    mask = np.asarray(rollout.response_mask)
+    return tokenizers.decode_rows(tokenizer, np.asarray(rollout.tokens)[:, -mask.shape[1] :], mask)
+
+
+def sequence_full_kl(
+    model: ModelConfig, policy: Any, reference: Any, rollout: Rollout, temperature: float
+) -> jax.Array:
+    """KL(policy || reference) of whole responses, [B] float32 nats, along sampled prefixes.
+
+    The sum over positions of the exact KL between next-token distributions: the Rao-Blackwellised form of the sum of log
+    ratios, with the same expectation, less variance, and never negative.
+    """
+    logits = [
+        decoder.vocabulary_logits(
+            response_hidden_states(model, params, rollout), decoder.unembedding(model, params)
+        )
+        for params in (policy, reference)
+    ]
+    per_token = full_kl(logits[0] / temperature, logits[1] / temperature)
+    return jnp.where(rollout.response_mask, per_token, 0.0).sum(axis=1)
+
+
+def make_sampler(judge: Judge, sampling: SamplingConfig, mesh: jax.sharding.Mesh, *, batch_size: int):
+    """``sample(params, encoded prompts, key) -> list[Sample]``, prompts in order, any number of them.
+
+    The key is folded with the batch's index; a row's sample depends on its place and the key, not on its neighbours.
+    """
+    eos_id, pad_id = tokenizers.eos_id(judge.tokenizer), tokenizers.pad_id(judge.tokenizer)
+
+    @jax.jit
+    def rollout_and_measure(params, reference, reward, tokens, token_mask, key):
+        rollout = generate(
+            judge.model, params, tokens, token_mask, key, sampling=sampling, eos_id=eos_id, pad_id=pad_id
+        )
+        proxy = reward_model.score(judge.reward_config, reward, rollout, offset=judge.reward_offset)
+        kl = sequence_full_kl(judge.model, params, reference, rollout, sampling.temperature)
+        return rollout, proxy, kl
+
+    def sample(params: Any, encoded: batches.Encoded, key: jax.Array) -> list[Sample]:
+        samples = []
+        for index, (batch, rows) in enumerate(batches.eval_batches(encoded, batch_size)):
+            tokens, token_mask = meshes.put_rows(mesh, (batch["tokens"], batch["token_mask"]))
+            rollout, proxy, kl = jax.device_get(
+                rollout_and_measure(
+                    params, judge.reference, judge.reward, tokens, token_mask, jax.random.fold_in(key, index)
+                )
+            )
+            responses = response_texts(judge.tokenizer, rollout)
+            for i in np.flatnonzero(rows):
+                prompt, ended = encoded.rows[len(samples)].row.prompt, bool(rollout.terminated[i])
+                samples.append(
+                    Sample(
+                        prompt=prompt,
+                        response=responses[i],
+                        proxy=float(proxy[i]),
+                        gold=None if judge.gold is None else judge.gold(prompt, responses[i], ended),
+                        kl=float(kl[i]),
+                        length=int(rollout.response_mask[i].sum()),
+                        terminated=ended,
+                    )
+                )
+        return samples
+
+    return sample
+
+
+def summarize(samples: Sequence[Sample]) -> dict[str, float]:
+    """Means over samples: proxy, gold (with its standard deviation, where there is one), kl, length, distinct_2."""
+    values = {
+        "proxy": float(np.mean([s.proxy for s in samples])),
+        "kl": float(np.mean([s.kl for s in samples])),
+        "length": float(np.mean([s.length for s in samples])),
+        "distinct_2": distinct_n((s.response for s in samples), 2),
+        "terminated": float(np.mean([s.terminated for s in samples])),
+    }
+    if all(s.gold is not None for s in samples):
+        gold = np.array([s.gold for s in samples])
+        values |= {"gold": float(gold.mean()), "gold_std": float(gold.std(ddof=1))}
+    return values
+
+
+def best_of_n(groups: Sequence[Sequence[Sample]]) -> list[Sample]:
+    """Of each prompt's samples the one with the highest proxy; the first where they tie."""
+    return [max(group, key=lambda sample: sample.proxy) for group in groups]
+
+
+def best_of_n_kl(n: int) -> float:
+    """log n - (n-1)/n nats: an upper bound on KL(best-of-n || policy), exact without ties (Beirami et al. 2024)."""
+    return math.log(n) - (n - 1) / n

@@ -1,0 +1,63 @@
+"""Frozen config dataclasses to plain dicts and back, with errors that name the field. Imports errors only."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from rlhf_jax.errors import InputError
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], prefix: str = "config") -> T:
+    """Builds the dataclass ``cls`` (nested ones too) from nested mappings; missing fields take their defaults.
+
+    Raises:
+      InputError: an unknown field, or a value of the wrong type; the message names the field.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise InputError(
+                f"{prefix}.{name} does not exist; {cls.__name__} has {', '.join(sorted(fields))}"
+            )
+    built = {name: _convert(hints[name], value, f"{prefix}.{name}") for name, value in values.items()}
+    return cls(**built)
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, name)
+    if origin is typing.Literal:
+        allowed = typing.get_args(hint)
+        if value not in allowed:
+            raise InputError(f"{name} is {value!r}; use one of {', '.join(map(repr, allowed))}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        return _convert(next(option for option in options if option is not type(None)), value, name)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
+        raise InputError(f"{name} is {value!r}; it must be of type {hint.__name__}")
+    return value
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """``name: first -> second`` for every leaf in which two nested dicts differ."""
+    found = []
+    for name in sorted(set(first) | set(second)):
+        a, b = first.get(name), second.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.append(f"{prefix}{name}: {a!r} -> {b!r}")
+    return found

@@ -1,0 +1,121 @@
+"""Every policy of a ladder, and best-of-n, on the same held-out prompts with the same judge. A stage; imports all below."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+
+import jax
+
+from rlhf_jax.data import batches
+from rlhf_jax.errors import InputError
+from rlhf_jax.evaluation import policies
+from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.sampling.generate import SamplingConfig
+from rlhf_jax.stages import inputs
+from rlhf_jax.stages.run_directory import check_same_family, load_model, open_run, write_data_report
+from rlhf_jax.stages.supervised import EVALUATION_PURPOSE
+from rlhf_jax.training.interrupt import Interrupted, StopRequest
+
+SUMMARY = "summary.json"
+SAMPLES = "samples.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One evaluation.
+
+    num_prompts: held-out prompts, one response each. best_of: responses a prompt among which the proxy picks; 0 leaves
+    best-of-n out. num_shown: prompts whose responses the report shows side by side.
+    """
+
+    seed: int = 0
+    data: inputs.DataConfig = dataclasses.field(default_factory=inputs.DataConfig)
+    num_prompts: int = 512
+    batch_size: int = 128
+    best_of: int = 16
+    temperature: float = 1.0
+    num_shown: int = 6
+
+
+def run(
+    config: Config,
+    workdir: str | os.PathLike,
+    *,
+    reference_from: str,
+    reward_from: str,
+    policies_from: Mapping[str, str],
+    stop: StopRequest,
+) -> dict[str, dict[str, float]]:
+    """Measures the reference itself ("sft"), every named policy, and best-of-n of the reference; returns and writes them.
+
+    Args:
+      config: see ``Config``.
+      workdir: gets ``summary.json`` (name -> proxy, gold, kl, length, distinct_2, ...) and ``samples.json``.
+      reference_from: the SFT run; KL is taken to it.
+      reward_from: the reward-model run: the proxy.
+      policies_from: name -> run directory.
+      stop: looked at between policies.
+    """
+    where = {"reference_from": reference_from, "reward_from": reward_from, **policies_from}
+    run_ = open_run(workdir, "evaluate", config, inputs=where, parallelism="jit", stop=stop)
+    meshes.check_rows(run_.mesh, config.batch_size, "config.batch_size")
+    reference, reward = load_model(reference_from, run_), load_model(reward_from, run_)
+    check_same_family(reference, reward)
+    prompts = inputs.load_prompts(config.data).held_out[: config.num_prompts]
+    if not prompts:
+        raise InputError("there are no held-out prompts; raise config.data.held_out_fraction")
+    encoded, report = batches.encode_prompts(
+        prompts,
+        reference.tokenizer,
+        prompt_length=config.data.prompt_length,
+        truncation=config.data.truncation,
+    )
+    write_data_report(run_, (), prompts=report)
+    judge = policies.Judge(
+        model=reference.config,
+        reference={"decoder": reference.params["decoder"]},
+        reward_config=reward.config,
+        reward=reward.params,
+        reward_offset=float(reward.facts["reward_offset"]),
+        gold=inputs.gold_reward(config.data),
+        tokenizer=reference.tokenizer,
+    )
+    sampling = SamplingConfig(max_new_tokens=config.data.response_length, temperature=config.temperature)
+    sample = policies.make_sampler(judge, sampling, run_.mesh, batch_size=config.batch_size)
+    key = jax.random.fold_in(jax.random.key(config.seed), EVALUATION_PURPOSE)
+
+    found: dict[str, Sequence[policies.Sample]] = {}
+    for name, path in {"sft": reference_from, **policies_from}.items():
+        _check_stop(stop)
+        model = load_model(path, run_)
+        check_same_family(reference, model, architecture=True)
+        # The same key for every policy: the comparison shares its noise.
+        found[name] = sample({"decoder": model.params["decoder"]}, encoded, key)
+    summary = {name: policies.summarize(samples) for name, samples in found.items()}
+    if config.best_of:
+        draws = []
+        for index in range(config.best_of):
+            _check_stop(stop)
+            draws.append(sample(judge.reference, encoded, jax.random.fold_in(key, 1 + index)))
+        found["best_of_n"] = policies.best_of_n(list(zip(*draws, strict=True)))
+        # Sampled KL would be that of the policy drawn from, not of the choice among its draws.
+        summary["best_of_n"] = policies.summarize(found["best_of_n"]) | {
+            "kl": policies.best_of_n_kl(config.best_of),
+            "n": config.best_of,
+        }
+    shown = {
+        name: [dataclasses.asdict(s) for s in samples[: config.num_shown]] for name, samples in found.items()
+    }
+    (run_.workdir / SAMPLES).write_text(json.dumps(shown, indent=1))
+    (run_.workdir / SUMMARY).write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+def _check_stop(stop: StopRequest) -> None:
+    if stop.requested is not None:
+        raise Interrupted(
+            f"{stop.requested}: an evaluation keeps nothing half-done; run the same command again"
+        )

@@ -1,0 +1,180 @@
+"""A scalar reward model from pairwise preferences (Bradley-Terry), started from SFT. A stage; imports all below.
+
+Loss: -log sigmoid(r(x, y_w) - r(x, y_l) - margin) (Ouyang et al. 2022, equation 1). The head starts at N(0, 1/(d+1))
+and is read at the last token. After training the mean reward of chosen training responses is stored as an offset, so
+that a score of 0 means "as good as those" (Huang et al. 2024).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.data import batches, readers, world
+from rlhf_jax.evaluation import calibration
+from rlhf_jax.losses import bradley_terry_loss
+from rlhf_jax.masking import WeightedSum
+from rlhf_jax.metrics import mean_of
+from rlhf_jax.models import heads
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.rewards import reward_model
+from rlhf_jax.stages import inputs
+from rlhf_jax.stages.run_directory import (
+    Run,
+    check_context,
+    leave_handoff,
+    load_model,
+    open_run,
+    write_data_report,
+)
+from rlhf_jax.stages.supervised import INIT_PURPOSE, train
+from rlhf_jax.training.forward import concatenate_pairs
+from rlhf_jax.training.interrupt import StopRequest
+from rlhf_jax.training.loop import Schedule
+from rlhf_jax.training.optimizer import OptimizerConfig
+from rlhf_jax.types import PreferenceBatch
+
+# Chosen training responses whose mean reward becomes the offset.
+NUM_REFERENCE_RESPONSES = 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One reward-model run.
+
+    margin, label_smoothing, centering: see ``losses.bradley_terry_loss``.
+    """
+
+    seed: int = 0
+    data: inputs.DataConfig = dataclasses.field(default_factory=inputs.DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    schedule: Schedule = dataclasses.field(default_factory=lambda: Schedule(num_steps=300))
+    batch_size: int = 64
+    num_microbatches: int = 1
+    margin: float = 0.0
+    label_smoothing: float = 0.0
+    centering: float = 0.0
+
+
+def make_objective(
+    model: ModelConfig, *, margin: float = 0.0, label_smoothing: float = 0.0, centering: float = 0.0
+):
+    """(params, frozen, PreferenceBatch) -> the mean Bradley-Terry loss over pairs, and metrics."""
+
+    def objective(params: Any, frozen: Any, batch: PreferenceBatch):
+        del frozen
+        both = concatenate_pairs(batch.chosen, batch.rejected)
+        chosen, rejected = jnp.split(reward_model.score(model, params, both), 2)
+        losses = bradley_terry_loss(
+            chosen, rejected, margin=margin, label_smoothing=label_smoothing, centering=centering
+        )
+        metrics = {
+            "accuracy": mean_of(chosen > rejected),
+            "margin": mean_of(chosen - rejected),
+            "tokens": WeightedSum(both.token_mask.sum().astype(jnp.float32), jnp.float32(1)),
+        }
+        return {"bradley_terry": mean_of(losses)}, metrics
+
+    return objective
+
+
+def make_pair_scorer(model: ModelConfig, encoded: Any, batch_size: int, run: Run):
+    """``score_pairs(params) -> (chosen, rejected)``, [N] float32 NumPy each, over all encoded pairs in order."""
+
+    @jax.jit
+    def score(params, batch):
+        return jnp.split(
+            reward_model.score(model, params, concatenate_pairs(batch.chosen, batch.rejected)), 2
+        )
+
+    def score_pairs(params) -> tuple[np.ndarray, np.ndarray]:
+        chosen, rejected = [], []
+        for batch, rows in batches.eval_batches(encoded, batch_size):
+            first, second = jax.device_get(score(params, meshes.put_rows(run.mesh, batch)))
+            chosen.append(first[rows])
+            rejected.append(second[rows])
+        return np.concatenate(chosen), np.concatenate(rejected)
+
+    return score_pairs
+
+
+def run(
+    config: Config,
+    workdir: str | os.PathLike,
+    *,
+    init_from: str,
+    parallelism: meshes.Parallelism = "jit",
+    stop: StopRequest,
+) -> None:
+    """Runs the stage to its hand-off; returns at once if it is there.
+
+    Raises:
+      InputError: anything the user gave that cannot be used, before any training.
+      Interrupted: stopped on request, after saving.
+    """
+    run_ = open_run(
+        workdir, "reward_model", config, inputs={"init_from": init_from}, parallelism=parallelism, stop=stop
+    )
+    if run_.finished:
+        return
+    model = load_model(init_from, run_)
+    check_context(model, config.data.prompt_length + config.data.response_length)
+    split = inputs.load_preferences(config.data)
+    encode = lambda rows: batches.encode_preferences(rows, model.tokenizer, **config.data.widths)  # noqa: E731
+    train_rows, train_report = encode(split.train)
+    held_out, held_out_report = encode(split.held_out)
+    write_data_report(run_, split.left_out, train=train_report, held_out=held_out_report)
+
+    head = heads.init_scalar_head(model.config, jax.random.fold_in(jax.random.key(config.seed), INIT_PURPOSE))
+    params = {"decoder": model.params["decoder"], "head": jax.device_put(head, meshes.replicated(run_.mesh))}
+    score_held_out = make_pair_scorer(model.config, held_out, config.batch_size, run_)
+
+    def evaluate(params) -> Mapping[str, float]:
+        chosen, rejected = score_held_out(params)
+        return {
+            "eval/accuracy": float(np.mean(chosen > rejected)),
+            "eval/loss": float(np.mean(np.logaddexp(0.0, rejected - chosen))),
+        }
+
+    params = train(
+        run_,
+        config,
+        objective=make_objective(
+            model.config,
+            margin=config.margin,
+            label_smoothing=config.label_smoothing,
+            centering=config.centering,
+        ),
+        params=params,
+        frozen={},
+        iterator=batches.preference_batches(train_rows, batch_size=config.batch_size, seed=config.seed),
+        evaluate=evaluate,
+        shown=("loss", "accuracy", "margin"),
+    )
+    reference = dataclasses.replace(train_rows, rows=train_rows.rows[:NUM_REFERENCE_RESPONSES])
+    chosen, _ = make_pair_scorer(model.config, reference, config.batch_size, run_)(params)
+    facts = {"reward_offset": float(chosen.mean()), **evaluate(params)}
+    facts |= _compare([encoded.row for encoded in held_out.rows], *score_held_out(params), run_)
+    leave_handoff(run_, config, model, params, made_from=[init_from], facts=facts)
+
+
+def _compare(rows, chosen, rejected, run_: Run) -> dict[str, float]:
+    """What accuracy is to be held against: the Bayes ceiling where it is known, and "the longer one wins"."""
+    margins = chosen - rejected
+    facts = {"longer_wins": readers.longer_wins(rows)}
+    if all(row.probability is not None for row in rows):
+        facts["bayes_accuracy"] = world.bayes_accuracy(rows)
+    curve = calibration.reliability(margins)
+    facts["calibration_error"] = calibration.expected_calibration_error(curve)
+    (run_.workdir / "margins.json").write_text(
+        json.dumps({"margins": [round(float(m), 4) for m in margins], "reliability": curve})
+    )
+    return facts

@@ -1,0 +1,217 @@
+"""The directory of one run: its config, its inputs, what it printed and left. Imports checkpoints, models and data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import tqdm
+
+from rlhf_jax import __version__, checkpoints
+from rlhf_jax.data import tokenizer as tokenizers
+from rlhf_jax.data.batches import EncodeReport
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import huggingface
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.stages.config import differences
+from rlhf_jax.training.interrupt import StopRequest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where a run lives and what it runs on.
+
+    workdir: its directory. stage: its stage's name. parallelism: see ``parallel.mesh``. stop: set by Ctrl-C, SIGTERM.
+    """
+
+    workdir: pathlib.Path
+    stage: str
+    mesh: jax.sharding.Mesh
+    parallelism: meshes.Parallelism
+    stop: StopRequest
+
+    @property
+    def finished(self) -> bool:
+        return checkpoints.is_finished(self.workdir)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model as a stage starts from it: shape, params (with a ``head`` where it has one), tokenizer, origin."""
+
+    config: ModelConfig
+    params: Any
+    tokenizer: Any
+    origin: str
+    facts: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        return tokenizers.fingerprint(self.tokenizer)
+
+
+def open_run(
+    workdir: str | os.PathLike,
+    stage: str,
+    config: Any,
+    *,
+    inputs: Mapping[str, str],
+    parallelism: meshes.Parallelism,
+    stop: StopRequest,
+) -> Run:
+    """Makes or re-enters a run directory; ``config.json`` in it says what the run is.
+
+    Raises:
+      InputError: the directory cannot be written, or belongs to a run with another config or other inputs.
+    """
+    workdir = pathlib.Path(workdir)
+    description = {
+        "stage": stage,
+        "config": dataclasses.asdict(config),
+        "inputs": {name: str(pathlib.Path(path).absolute()) for name, path in inputs.items()},
+    }
+    path = workdir / "config.json"
+    if path.exists():
+        found = differences(json.loads(path.read_text()), description)
+        if found:
+            raise InputError(
+                f"workdir {workdir} belongs to a run with another config ({'; '.join(found)}); "
+                "give another --workdir, or the config it was started with"
+            )
+    else:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(description, indent=1))
+        except OSError as error:
+            raise InputError(
+                f"cannot write to workdir {workdir}: {error.strerror}; give a writable one"
+            ) from error
+    return Run(workdir=workdir, stage=stage, mesh=meshes.data_mesh(), parallelism=parallelism, stop=stop)
+
+
+def load_model(path: str, run: Run) -> Model:
+    """A model from a finished run's hand-off or from a Hugging Face directory, replicated over the run's mesh.
+
+    Args:
+      path: either kind of directory.
+      run: gives the mesh.
+
+    Raises:
+      InputError: neither kind, unfinished, damaged, or of an architecture that is not supported.
+    """
+    directory = pathlib.Path(path)
+    sharding = meshes.replicated(run.mesh)
+    if (directory / "checkpoints").exists() or checkpoints.handoff_path(directory).exists():
+        handoff, location = checkpoints.load_handoff(directory)
+        tokenizer = tokenizers.load_tokenizer(location / "tokenizer")
+        if tokenizers.fingerprint(tokenizer) != handoff.tokenizer_fingerprint:
+            raise InputError(
+                f"{location}/tokenizer is not the tokenizer that {location}/handoff.json names; restore it"
+            )
+        params = checkpoints.restore_params(location, sharding)
+        config = ModelConfig.from_dict(handoff.model)
+        return Model(
+            config=config, params=params, tokenizer=tokenizer, origin=str(directory), facts=handoff.facts
+        )
+    config, params = huggingface.load_pretrained(directory)
+    tokenizer = tokenizers.load_tokenizer(directory)
+    tokenizers.check_vocabulary(tokenizer, config.vocab_size, model=str(directory))
+    params = jax.device_put(params, sharding)
+    return Model(config=config, params=params, tokenizer=tokenizer, origin=str(directory), facts={})
+
+
+def check_same_family(first: Model, second: Model, *, architecture: bool = False) -> None:
+    """Refuses two models that do not speak the same tokens (or, on request, differ in architecture).
+
+    Raises:
+      InputError: says what differs.
+    """
+    if first.fingerprint != second.fingerprint:
+        raise InputError(
+            f"the tokenizers of {first.origin} and {second.origin} differ "
+            f"({first.fingerprint[:12]} and {second.fingerprint[:12]}); start both from the same SFT run"
+        )
+    found = differences(first.config.to_dict(), second.config.to_dict()) if architecture else []
+    if found:
+        raise InputError(f"the models of {first.origin} and {second.origin} differ ({'; '.join(found)})")
+
+
+def check_context(model: Model, needed: int) -> None:
+    """Refuses rows of ``needed`` tokens (prompt and response widths) that the model was not made for.
+
+    Raises:
+      InputError: names both lengths.
+    """
+    if needed > model.config.max_length:
+        raise InputError(
+            f"config.data.prompt_length + response_length is {needed}, beyond the context of {model.origin} "
+            f"({model.config.max_length} tokens); lower one of them"
+        )
+
+
+def leave_handoff(
+    run: Run, config: Any, model: Model, params: Any, *, made_from: Sequence[str], facts: Mapping
+) -> None:
+    """Marks the run finished by leaving its params, tokenizer and description."""
+    checkpoints.save_handoff(
+        run.workdir,
+        checkpoints.Handoff(
+            stage=run.stage,
+            model=model.config.to_dict(),
+            tokenizer_fingerprint=model.fingerprint,
+            config=dataclasses.asdict(config),
+            made_from=list(made_from),
+            facts=dict(facts),
+            code_version=__version__,
+        ),
+        params,
+        lambda path: tokenizers.save_tokenizer(model.tokenizer, path),
+    )
+
+
+def write_data_report(run: Run, unreadable: Sequence[tuple[str, str]], **encoded: EncodeReport) -> None:
+    """Keeps what was left out of the data or cut, and why, where the report finds it."""
+    value = {name: dataclasses.asdict(report) for name, report in encoded.items()}
+    (run.workdir / "data.json").write_text(json.dumps({"unreadable": list(unreadable), **value}, indent=1))
+
+
+class Progress:
+    """A bar with the quantities that matter; a plain line every ``line_every`` steps when not a terminal.
+
+    Called with (finished steps, values of this step); ``tokens`` among the values gives tokens/s.
+    """
+
+    def __init__(self, stage: str, num_steps: int, shown: Sequence[str], *, line_every: int):
+        self._shown, self._line_every, self._num_steps, self._stage = shown, line_every, num_steps, stage
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm.tqdm(total=num_steps, desc=stage, disable=not self._terminal, dynamic_ncols=True)
+        self._started, self._first, self._tokens = time.monotonic(), None, 0.0
+
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+        if self._first is None:
+            # The first step compiles; counting starts after it.
+            self._started, self._first, self._tokens = time.monotonic(), step, -values["tokens"]
+        self._tokens += values["tokens"]
+        elapsed = time.monotonic() - self._started
+        texts = {name: f"{values[name]:.3g}" for name in self._shown if name in values}
+        if step > self._first:
+            texts["tokens/s"] = f"{self._tokens / elapsed:,.0f}"
+        self._bar.set_postfix(texts, refresh=False)
+        self._bar.update(step - self._bar.n)
+        if not self._terminal and (step % self._line_every == 0 or step == self._num_steps):
+            left = elapsed / max(step - self._first, 1) * (self._num_steps - step)
+            line = " ".join(f"{name} {text}" for name, text in texts.items())
+            print(
+                f"{self._stage} {step}/{self._num_steps} {line} left {left:.0f}s", file=sys.stderr, flush=True
+            )
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,163 @@
+"""Supervised fine-tuning: next-token likelihood of the response, prompt masked, EOS learned. A stage; imports all below.
+
+Loss: -sum_t log pi(y_t | x, y_<t) over response tokens, divided once by their number in the global batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import masking
+from rlhf_jax.data import batches, world
+from rlhf_jax.errors import InputError
+from rlhf_jax.masking import WeightedSum
+from rlhf_jax.metrics import Accumulator
+from rlhf_jax.models import decoder
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.stages import inputs
+from rlhf_jax.stages.run_directory import (
+    Model,
+    Run,
+    check_context,
+    leave_handoff,
+    load_model,
+    open_run,
+    write_data_report,
+)
+from rlhf_jax.stages.supervised import train
+from rlhf_jax.training.forward import response_log_probs
+from rlhf_jax.training.interrupt import StopRequest
+from rlhf_jax.training.loop import Schedule
+from rlhf_jax.training.optimizer import OptimizerConfig
+from rlhf_jax.types import DemonstrationBatch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """The model to start from: a Hugging Face directory (or a finished run), or fresh weights of a given shape.
+
+    path: the directory; empty: fresh weights over the embedded world's vocabulary. width, num_layers, num_heads,
+    num_kv_heads, mlp_width: the fresh model's shape, read when ``path`` is empty.
+    """
+
+    path: str = ""
+    width: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    mlp_width: int = 176
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One SFT run; see the fields' own classes."""
+
+    seed: int = 0
+    model: ModelSource = dataclasses.field(default_factory=ModelSource)
+    data: inputs.DataConfig = dataclasses.field(default_factory=inputs.DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    schedule: Schedule = dataclasses.field(default_factory=lambda: Schedule(num_steps=300))
+    batch_size: int = 64
+    num_microbatches: int = 1
+
+
+def make_objective(model: ModelConfig):
+    """(params, frozen, DemonstrationBatch) -> the token-mean negative log-likelihood, and metrics."""
+
+    def objective(params: Any, frozen: Any, batch: DemonstrationBatch):
+        del frozen
+        log_probs, entropy = response_log_probs(model, params, batch)
+        nll = masking.token_mean(-log_probs, batch.response_mask)
+        metrics = {
+            "nll": nll,
+            "entropy": masking.token_mean(entropy, batch.response_mask),
+            "tokens": WeightedSum(batch.token_mask.sum().astype(jnp.float32), jnp.float32(1)),
+        }
+        return {"likelihood": nll}, metrics
+
+    return objective
+
+
+def make_evaluator(model: ModelConfig, encoded: Any, batch_size: int, run: Run):
+    """``evaluate(params) -> {"eval/nll"}`` over held-out demonstrations, every one counted once."""
+    objective = make_objective(model)
+
+    @jax.jit
+    def metrics_of(params, batch):
+        return objective(params, {}, batch)[1]
+
+    def evaluate(params) -> Mapping[str, float]:
+        total = Accumulator()
+        for batch, rows in batches.eval_batches(encoded, batch_size):
+            # Rows that only fill up the last batch carry no response token.
+            batch = dataclasses.replace(batch, response_mask=batch.response_mask & rows[:, None])
+            total.add({"eval/nll": metrics_of(params, meshes.put_rows(run.mesh, batch))["nll"]})
+        return total.values()
+
+    return evaluate
+
+
+def init_model(source: ModelSource, config: Config, run: Run, key: jax.Array) -> Model:
+    """The model that SFT starts from."""
+    if source.path:
+        return load_model(source.path, run)
+    if config.data.path:
+        raise InputError(
+            f"--config.data.path={config.data.path} needs a model that can read it; give --config.model.path=<directory>"
+        )
+    tokenizer = world.world_tokenizer()
+    shape = ModelConfig(
+        vocab_size=len(tokenizer),
+        width=source.width,
+        num_layers=source.num_layers,
+        num_heads=source.num_heads,
+        num_kv_heads=source.num_kv_heads,
+        head_dim=source.width // source.num_heads,
+        mlp_width=source.mlp_width,
+        max_length=config.data.prompt_length + config.data.response_length,
+    )
+    params = jax.device_put(decoder.init_params(shape, key), meshes.replicated(run.mesh))
+    return Model(config=shape, params=params, tokenizer=tokenizer, origin="fresh weights", facts={})
+
+
+def run(
+    config: Config, workdir: str | os.PathLike, *, parallelism: meshes.Parallelism = "jit", stop: StopRequest
+) -> None:
+    """Runs the stage to its hand-off; returns at once if it is there.
+
+    Raises:
+      InputError: anything the user gave that cannot be used, before any training.
+      Interrupted: stopped on request, after saving.
+    """
+    run_ = open_run(workdir, "sft", config, inputs={}, parallelism=parallelism, stop=stop)
+    if run_.finished:
+        return
+    model = init_model(config.model, config, run_, jax.random.fold_in(jax.random.key(config.seed), 0))
+    check_context(model, config.data.prompt_length + config.data.response_length)
+    split = inputs.load_demonstrations(config.data)
+    encode = lambda rows: batches.encode_demonstrations(rows, model.tokenizer, **config.data.widths)  # noqa: E731
+    train_rows, train_report = encode(split.train)
+    held_out, held_out_report = encode(split.held_out)
+    write_data_report(run_, split.left_out, train=train_report, held_out=held_out_report)
+
+    evaluate = make_evaluator(model.config, held_out, config.batch_size, run_)
+    params = train(
+        run_,
+        config,
+        objective=make_objective(model.config),
+        params=model.params,
+        frozen={},
+        iterator=batches.demonstration_batches(train_rows, batch_size=config.batch_size, seed=config.seed),
+        evaluate=evaluate,
+        shown=("nll", "grad_norm"),
+    )
+    facts = {"eval_perplexity": math.exp(evaluate(params)["eval/nll"])}
+    leave_handoff(run_, config, model, params, made_from=[config.model.path or "fresh weights"], facts=facts)
