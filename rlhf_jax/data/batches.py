@@ -23,6 +23,8 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.types import DemonstrationBatch, PreferenceBatch
 
 TRUNCATIONS = ("error", "drop", "keep_start", "keep_end")
+# Endless for every purpose; Grain's own "endless" overflows an index when batches hold one row.
+_EPOCHS = 2**31
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +149,7 @@ def encode_prompts(
     ids = [tokenizers.encode_prompt(tokenizer, row.prompt) for row in rows]
     fitted, report = _fit_all(
         [(row.source, ((prompt_ids, []),)) for row, prompt_ids in zip(rows, ids, strict=True)],
-        _Limits.of(tokenizer, prompt_length, 0, truncation),
+        _Limits.of(tokenizer, prompt_length, 1, truncation),
     )
     encoded = tuple(EncodedPrompt(prompt_ids=ids, row=rows[index]) for index, ((ids, _),) in fitted)
     return _encoded(encoded, tokenizer, prompt_length, 0), report
@@ -180,7 +182,7 @@ class _Limits:
         if truncation not in TRUNCATIONS:
             raise InputError(f"truncation is {truncation!r}: use one of {', '.join(TRUNCATIONS)}.")
         has_bos = tokenizer.bos_token_id is not None
-        if prompt_length < 1 + has_bos or response_length < 0:
+        if prompt_length < 1 + has_bos or response_length < 1:
             raise InputError(
                 f"prompt_length is {prompt_length} and response_length {response_length}: give room for one "
                 "token of each, and for a first BOS."
@@ -328,7 +330,7 @@ def _batches(encoded: Encoded, *, batch_size: int, seed: int) -> grain.DatasetIt
         grain.MapDataset.range(len(encoded))
         .seed(seed)
         .shuffle()
-        .repeat()
+        .repeat(_EPOCHS)
         .map(lambda index: _row(encoded, int(index)))
         .batch(batch_size)
     )
