@@ -117,7 +117,8 @@ def encode_preferences(
 ) -> tuple[Encoded[EncodedPreference], EncodeReport]:
     """Ids of each pair that fits; see `encode_demonstrations` for ``truncation``.
 
-    A pair whose two sides are the same ids once cut says nothing, and is dropped.
+    A pair whose two sides are the same ids, as a tokenizer that knows few words or a cut can make them, says
+    nothing: it is an `InputError` under "error", and dropped otherwise.
     """
     chosen = tokenizers.encode_many(tokenizer, [(row.prompt, row.chosen) for row in rows])
     rejected = tokenizers.encode_many(tokenizer, [(row.prompt, row.rejected) for row in rows])
@@ -240,7 +241,12 @@ def _fit_all(
             continue
         cut = tuple(_cut(*side, limits) for side in sides)
         if len(cut) == 2 and cut[0] == cut[1]:
-            dropped.append((source, "has two responses that are the same tokens once they are cut"))
+            if limits.truncation == "error":
+                raise InputError(
+                    f"{source} has two responses of the same tokens: give a tokenizer that can tell them apart, "
+                    "or pass --config.data.truncation=drop."
+                )
+            dropped.append((source, "has two responses of the same tokens, as far as they are kept"))
             continue
         if excess:
             truncated.append((source, f"has {excess}"))

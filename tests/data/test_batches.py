@@ -217,8 +217,11 @@ def test_a_pair_that_is_equal_once_cut_says_nothing(tokenizer):
         [pair, other], tokenizer, prompt_length=4, response_length=2, truncation="keep_start"
     )
     assert [row.row.source for row in kept.rows] == ["a:2"]
-    assert report.dropped == (("a:1", "has two responses that are the same tokens once they are cut"),)
+    assert report.dropped == (("a:1", "has two responses of the same tokens, as far as they are kept"),)
     assert [source for source, _ in report.truncated] == ["a:2"]
+    unknown = dataclasses.replace(pair, chosen="zebra", rejected="gnu", source="a:3")
+    with pytest.raises(InputError, match="a:3 has two responses of the same tokens: give a tokenizer"):
+        b.encode_preferences([unknown], tokenizer, prompt_length=4, response_length=2)
     # The longer side of a pair is enough to make it too long.
     with pytest.raises(InputError, match="a:2 has a response of 4 tokens"):
         b.encode_preferences([other], tokenizer, prompt_length=4, response_length=2)
