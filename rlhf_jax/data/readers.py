@@ -29,6 +29,7 @@ from rlhf_jax.data.rows import Demonstration, Preference, Prompt
 from rlhf_jax.errors import InputError
 
 Row = TypeVar("Row")
+GroupedRow = TypeVar("GroupedRow", Preference, Demonstration)
 
 ASSISTANT_TURN = "\n\nAssistant:"
 _RESPONSE_FIELDS = ("response", "completion", "output")
@@ -77,9 +78,11 @@ def read_prompts(path: str | pathlib.Path, *, on_bad_row: str = "error") -> tupl
 
 
 def split_by_group(
-    rows: Sequence[Preference], *, held_out_fraction: float, seed: int
-) -> tuple[list[Preference], list[Preference]]:
+    rows: Sequence[GroupedRow], *, held_out_fraction: float, seed: int
+) -> tuple[list[GroupedRow], list[GroupedRow]]:
     """(training rows, held-out rows), each in the order given; no `Preference.group` is divided.
+
+    The group of a demonstration, and of a pair without one, is its prompt.
 
     Groups are shuffled by the seed and held out one by one until at least ``held_out_fraction`` of the rows
     are; one group always remains for training. Raises `InputError` if the fraction is not in [0, 1) or only
@@ -122,8 +125,8 @@ def _sign(value: int) -> int:
     return (value > 0) - (value < 0)
 
 
-def _group(row: Preference) -> str:
-    return row.group or row.prompt
+def _group(row: Preference | Demonstration) -> str:
+    return row.prompt if isinstance(row, Demonstration) or not row.group else row.group
 
 
 def _read(

@@ -294,6 +294,13 @@ def test_splits_depend_on_the_seed_and_refuse_what_cannot_be():
         split_by_group(rows[:1], held_out_fraction=0.5, seed=0)
 
 
+def test_demonstrations_are_split_by_prompt():
+    rows = [Demonstration(prompt=f"p{i % 5}", response=str(i), source="s") for i in range(20)]
+    train, held_out = split_by_group(rows, held_out_fraction=0.2, seed=3)
+    assert (len(train), len(held_out)) == (16, 4)
+    assert not {row.prompt for row in train} & {row.prompt for row in held_out}
+
+
 def test_longer_wins_by_hand():
     rows = [
         _pair("", chosen="long", rejected="x"),
