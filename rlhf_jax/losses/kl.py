@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import checks
-from rlhf_jax.losses.likelihood import tempered
 from rlhf_jax.masking import elementwise
 
 __all__ = [
@@ -259,6 +258,7 @@ def _checked_logits(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     logits = checks.floating("logits", logits, "B T V")
     ref_logits = checks.floating("ref_logits", ref_logits, like=("logits", logits))
-    logits, broken = tempered(logits, 1.0)
-    ref_logits, ref_broken = tempered(jax.lax.stop_gradient(ref_logits), 1.0)
-    return logits, ref_logits, broken | ref_broken
+    ref_logits = jax.lax.stop_gradient(ref_logits)
+    unusable, ref_unusable = (jnp.isnan(x) | (x == jnp.inf) for x in (logits, ref_logits))
+    broken = jnp.any(unusable | ref_unusable, axis=-1)
+    return jnp.where(unusable, 0.0, logits), jnp.where(ref_unusable, 0.0, ref_logits), broken
