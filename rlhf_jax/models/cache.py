@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models import parts
+from rlhf_jax.models.attention import MASKED_SCORE, causal_attention, causal_mask
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.decoder import Params, embed, unembedding
 
@@ -46,14 +47,14 @@ def prefill(
     """
     x = embed(config, weights["embedding"], tokens, token_mask)
     cos_sin = parts.rotation(parts.positions_from_mask(token_mask), config.head_dim, config.rope_theta)
-    mask = parts.causal_mask(token_mask)
+    mask = causal_mask(token_mask)
     room = ((0, 0), (0, 0), (0, capacity - tokens.shape[1]), (0, 0))
 
     def attend(
         query: jax.Array, key: jax.Array, value: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         kept = tuple(jnp.pad(jnp.swapaxes(x, 1, 2), room) for x in (key, value))
-        return parts.grouped_attention(query, key, value, mask), kept
+        return causal_attention(query, key, value, mask), kept
 
     cache = []
     for layer in weights["layers"]:
@@ -104,6 +105,6 @@ def cached_attention(query: jax.Array, keys: jax.Array, values: jax.Array, reada
     batch, _, heads, head_dim = query.shape
     grouped = query.reshape(batch, keys.shape[1], -1, head_dim)
     scores = jnp.einsum("bjgk,bjck->bjgc", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(readable[:, None, None], scores * head_dim**-0.5, parts.MASKED_SCORE)
+    scores = jnp.where(readable[:, None, None], scores * head_dim**-0.5, MASKED_SCORE)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     return jnp.einsum("bjgc,bjck->bjgk", weights, values).reshape(batch, 1, heads, head_dim)

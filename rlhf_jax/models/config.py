@@ -31,8 +31,9 @@ class ModelConfig:
     model was made for, prompt and response together. rope_theta: base of the rotary wavelengths.
     norm_epsilon: added to the mean square before the root. tied_embeddings: whether the unembedding is the
     embedding. compute_dtype: ``float32`` or ``bfloat16`` for matrix products and activations; parameters,
-    norms, softmax and logits stay float32. remat: ``none`` keeps every activation for the backward pass,
-    ``full`` keeps the input of each layer and computes the rest again.
+    norms, softmax and logits stay float32. remat: what the backward pass computes again; ``none`` keeps
+    every matrix product and repeats elementwise work and attention weights only, ``full`` keeps the input of
+    each layer and repeats the layer.
 
     Raises:
         InputError: a field is out of range; the message names it.

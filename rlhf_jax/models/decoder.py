@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.models import parts
+from rlhf_jax.models import attention, parts
+from rlhf_jax.models.attention import causal_attention, causal_mask
 from rlhf_jax.models.config import ModelConfig
 
 Params = dict[str, Any]
@@ -54,7 +55,7 @@ class Layer(nn.Module):
         }
 
         def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, None]:
-            return parts.grouped_attention(query, key, value, mask), None
+            return causal_attention(query, key, value, mask), None
 
         x, _ = parts.layer(self.config, params, x, cos_sin, attend)
         return nn.with_logical_constraint(x, ("batch", "length", "activation_embed")), None
@@ -78,9 +79,12 @@ class Decoder(nn.Module):
         x = embed(config, embedding, tokens, token_mask)
         positions = parts.positions_from_mask(token_mask, segment_ids)
         cos_sin = parts.rotation(positions, config.head_dim, config.rope_theta)
-        mask = parts.causal_mask(token_mask, segment_ids)
+        mask = causal_mask(token_mask, segment_ids)
 
-        body = nn.remat(Layer, prevent_cse=False) if config.remat == "full" else Layer
+        kept = () if config.remat == "full" else attention.KEPT + parts.KEPT
+        policy = jax.checkpoint_policies.save_only_these_names(*kept)
+        # Inside a scan nothing can merge the second computation with the first, so no barrier is needed.
+        body = nn.remat(Layer, prevent_cse=False, policy=policy)
         layers = nn.scan(
             body,
             variable_axes={"params": 0},
