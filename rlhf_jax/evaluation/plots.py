@@ -41,7 +41,7 @@ def distance_figure(
       looks: name -> look.
       quantity: "proxy" or "gold"; the peak of gold is ringed.
     """
-    figure, axes = style.new_figure(520, 380)
+    figure, axes = style.new_figure(470, 350)
     for name, points in traces.items():
         _trace(axes, points, looks[name], quantity)
     for name, values in policies.items():
@@ -63,7 +63,7 @@ def steps_figure(
     from_zero: bool = False,
 ) -> Figure:
     """One quantity over steps: a faint line for what training saw, joined dots for held-out evaluations."""
-    figure, axes = style.new_figure(520, 300)
+    figure, axes = style.new_figure(470, 280)
     for name, series in lines.items():
         _line(axes, series, looks[name].color, width=1.1, alpha=0.45)
     for name, series in dots.items():
@@ -84,10 +84,10 @@ def curve_figure(train: Series, held_out: Series, color: str, *, window: int) ->
         _line(axes, running_mean(train, window), color, width=2.2)
     if held_out:
         steps, values = zip(*_thinned(held_out), strict=True)
-        joined = "-" if len(held_out) > 2 else "none"
+        joined, ink = "-" if len(held_out) > 2 else "none", INK if train else color
         axes.plot(
-            steps, values, linestyle=joined, linewidth=1.2, color=INK, marker="o", markersize=5.5,
-            markerfacecolor=PAPER, markeredgecolor=INK, markeredgewidth=1.5, clip_on=False, zorder=4,
+            steps, values, linestyle=joined, linewidth=1.2, color=ink, marker="o", markersize=5.5,
+            markerfacecolor=PAPER, markeredgecolor=ink, markeredgewidth=1.5, clip_on=False, zorder=4,
         )  # fmt: skip
     _step_axis(axes)
     return figure
@@ -106,13 +106,15 @@ def running_mean(series: Series, window: int) -> list[tuple[int, float]]:
 
 def margins_figure(margins: Sequence[float], color: str) -> Figure:
     """How many held-out pairs have which reward margin; those ranked the wrong way round are grey."""
-    figure, axes = style.new_figure(520, 320)
+    figure, axes = style.new_figure(470, 300)
     values = np.asarray(margins, np.float64)
-    # Bins that share an edge at 0, so that none mixes right and wrong.
-    width = (max(np.ptp(values), 1e-6)) / 40
-    low, high = math.floor(min(values.min(), 0) / width), math.ceil(max(values.max(), 0) / width)
-    edges = width * np.arange(low, max(high, low + 1) + 1)
-    axes.hist(values[values <= 0], bins=edges, color=MUTED, alpha=0.55)
+    values = values[np.isfinite(values)]
+    # Bins that share an edge at 0, so that none mixes right and wrong; a tie is no better than wrong.
+    low, high = min(values.min(), 0.0), max(values.max(), 0.0)
+    width = max(high - low, 1e-6) / 40
+    edges = width * np.arange(math.floor(low / width) - 1, math.ceil(high / width) + 2)
+    wrong = values[values <= 0]
+    axes.hist(np.where(wrong == 0, -width / 2, wrong), bins=edges, color=MUTED, alpha=0.55)
     axes.hist(values[values > 0], bins=edges, color=color)
     axes.axvline(0, color=INK, linewidth=1.2)
     axes.margins(y=0.16)
@@ -126,7 +128,7 @@ def margins_figure(margins: Sequence[float], color: str) -> Figure:
 
 def reliability_figure(curve: Sequence[Mapping[str, float]], color: str) -> Figure:
     """How sure the reward model is against how often it is right, each bin a dot; the diagonal is honest."""
-    figure, axes = style.new_figure(520, 320)
+    figure, axes = style.new_figure(470, 300)
     confidence = [point["confidence"] for point in curve]
     accuracy = [point["accuracy"] for point in curve]
     low = min(0.5, *accuracy) - 0.02
@@ -146,7 +148,7 @@ def reliability_figure(curve: Sequence[Mapping[str, float]], color: str) -> Figu
 
 def accuracy_figure(marks: Sequence[tuple[str, float, str]]) -> Figure:
     """Accuracies (label, value in [0, 1], colour) as bars from the 50% of a coin."""
-    figure, axes = style.new_figure(520, 40 + 52 * len(marks))
+    figure, axes = style.new_figure(470, 40 + 50 * len(marks))
     low = min(0.5, *(value for _, value, _ in marks))
     top = max(0.75, *(value for _, value, _ in marks))
     for row, (label, value, color) in enumerate(marks):
@@ -179,7 +181,9 @@ def save_overview(workdir: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
     ladder = read_ladder(workdir)
     traces = {name: points for name, run in ladder.runs.items() if len(points := trace(run.rows)) > 1}
     looks = style.looks([*ladder.policies, *ladder.runs])
-    gold = all("gold" in values for values in ladder.policies.values())
+    gold = all("gold" in values for values in ladder.policies.values()) and all(
+        point.gold is not None for points in traces.values() for point in points
+    )
     with style.settings():
         figure = Figure(figsize=(12, 4.9), dpi=160, layout="constrained", facecolor="white")
         left, right = figure.subplots(1, 2, width_ratios=(1.75, 1))
@@ -247,7 +251,9 @@ def _beta(ladder: Ladder, name: str) -> str:
 
 
 def _trace(axes: Axes, points: Sequence[Point], look: Look, quantity: str) -> None:
-    shown = [(point.kl, getattr(point, quantity)) for point in points]
+    shown = [(point.kl, getattr(point, quantity)) for point in points if getattr(point, quantity) is not None]
+    if not shown:
+        return
     x, y = zip(*_thinned(shown), strict=True)
     axes.plot(_roots(x), y, color=look.color, linewidth=2.4, marker=look.marker, markersize=8,
               markeredgecolor=PAPER, markeredgewidth=1.0)  # fmt: skip
@@ -282,7 +288,7 @@ def _kl_axis(axes: Axes) -> None:
     top = max(axes.get_xlim()[1], 1e-4) ** 2
     powers = range(math.floor(math.log10(top)) - 2, math.floor(math.log10(top)) + 1)
     ticks = [math.inf]
-    for tick in sorted((digit * 10.0**power for digit in (1, 2, 3, 5) for power in powers), reverse=True):
+    for tick in sorted((digit * 10.0**power for digit in (1, 2, 3, 5, 7) for power in powers), reverse=True):
         room = math.sqrt(min(ticks[-1], 2 * top)) - math.sqrt(tick)
         if tick <= top and min(room, math.sqrt(tick)) > 0.12 * math.sqrt(top):
             ticks.append(tick)
@@ -294,8 +300,16 @@ def _kl_axis(axes: Axes) -> None:
 def _step_axis(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     axes.set_xlabel("step")
     axes.margins(x=0.03)
+    low, high = axes.get_ylim()
+    drawn = [float(y) for line in axes.lines for y in line.get_ydata()]
+    if drawn and max(drawn) - min(drawn) <= 1e-6 * max(map(abs, drawn)):
+        # A constant: Matplotlib would magnify its rounding.
+        pad = max(0.2 * abs(drawn[0]), 1e-3)
+        low, high = drawn[0] - pad, drawn[0] + pad
+    axes.set_ylim(low, high)
 
 
 def _line(

@@ -68,7 +68,7 @@ def run_page(run: Run) -> str:
         page.section("configs", "How it was run", parts.configs({run.name: run})),
     ]
     header = (
-        f'<header>\n<p class="kicker">Run of {text(run.stage)}</p>\n<h1>{text(run.name)}</h1>\n'
+        f'<header>\n<p class="kicker">Run · {text(run.stage)}</p>\n<h1>{text(run.name)}</h1>\n'
         f'<p class="facts">{text(" · ".join([*facts, *_progress(run)]))}</p>\n</header>'
     )
     files = "the metrics.jsonl, config.json, data.json and handoff.json of this run"

@@ -73,7 +73,15 @@ class Point:
 
 
 def is_run(directory: pathlib.Path) -> bool:
-    return (directory / "config.json").is_file()
+    """Whether a directory's ``config.json`` is that of a run, and not, say, of an exported model."""
+    path = directory / "config.json"
+    if not path.is_file():
+        return False
+    try:
+        description = json.loads(path.read_bytes())
+    except ValueError:
+        return True  # reading it says what is wrong
+    return isinstance(description, dict) and "stage" in description
 
 
 def read_run(directory: pathlib.Path) -> Run:

@@ -92,7 +92,8 @@ def _card(label: str, look: Look, reply: Mapping[str, Any]) -> str:
 def reward_model_figures(run: Run, prefix: str) -> list[str]:
     """Margins and calibration on held-out pairs, where the run has left them."""
     color, drawn = KNOWN["reward_model"].color, []
-    if margins := run.margins.get("margins"):
+    margins = run.margins.get("margins", ())
+    if any(math.isfinite(margin) for margin in margins):
         drawn.append(
             page.figure(
                 plots.margins_figure(margins, color),

@@ -14,7 +14,7 @@ _SHEET = """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%%; text-size-adjust: 100%%; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 400 18px/1.6 var(--prose); }
-main { max-width: 1080px; margin: 0 auto; padding: 72px 32px 96px; }
+main { overflow-x: clip; max-width: 1080px; margin: 0 auto; padding: 72px 32px 96px; }
 header { border-bottom: 1px solid var(--line); padding-bottom: 36px; }
 .kicker { font: 600 13px/1.4 var(--sans); letter-spacing: .08em; text-transform: uppercase;
   color: var(--muted); margin: 0; }
@@ -48,14 +48,14 @@ td { padding: 10px 12px; text-align: right; border-bottom: 1px solid var(--line)
 th:first-child, td:first-child { text-align: left; padding-left: 2px; }
 td small { color: var(--muted); font-size: 13px; }
 td.words { white-space: normal; text-align: left; color: var(--muted); font-size: 14px; min-width: 15em; }
-tbody th { text-align: left; white-space: normal; padding-block: 10px; border-bottom: 1px solid var(--line);
+tbody th { min-width: 7.6em; text-align: left; white-space: normal; padding-block: 10px; border-bottom: 1px solid var(--line);
   color: var(--ink); font-size: 16px; }
 table.small { font-size: 14px; } table.small td, table.small tbody th { padding-block: 6px; font-size: 14px; }
 .glyph { color: var(--hue); margin-right: .5em; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 24px; font: 400 15px/1.5 var(--sans); margin: 22px 0 4px;
   max-width: none; }
 .figures { display: grid; gap: 28px 32px; margin: 14px 0 26px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%%, 400px), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%%, 400px), 1fr)); }
 .figures.many { grid-template-columns: repeat(auto-fill, minmax(min(100%%, 290px), 1fr)); }
 figure { margin: 0; break-inside: avoid; min-width: 0; }
 figure svg { display: block; width: 100%%; max-width: 620px; height: auto; overflow: visible; }
@@ -91,11 +91,18 @@ footer { margin-top: 84px; padding-top: 18px; border-top: 1px solid var(--line);
 @media (max-width: 640px) { body { font-size: 17px; } main { padding: 40px 18px 64px; } h1 { font-size: 33px; }
   h2 { font-size: 25px; margin-top: 60px; } dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 10px; }
   .findings b { font-size: 30px; } table { font-size: 15px; } td, th { padding-inline: 9px; } }
-@media print { @page { margin: 16mm; } body { font-size: 11pt; } main { padding: 0; max-width: none;
-  } nav { display: none; }
-  h1 { font-size: 26pt; } h2 { font-size: 17pt; margin-top: 30pt; break-after: avoid; }
-  h3, .legend { break-after: avoid; } .card .text { max-height: none; } .wide { overflow: visible; }
-  .figures { grid-template-columns: 1fr 1fr; } .figures.many { grid-template-columns: 1fr 1fr 1fr; }
+@media print { @page { margin: 14mm; } body { font-size: 10.5pt; }
+  main { padding: 0; max-width: none; } nav { display: none; }
+  h1 { font-size: 25pt; } h2 { font-size: 16pt; margin-top: 26pt; }
+  h2, h3, h2 + p, .legend, blockquote { break-after: avoid; }
+  tr, li, dl, .findings, .steps { break-inside: avoid; } .wide { overflow: visible; }
+  table, dl, .legend, .note, .facts { font-size: 9.5pt; } figcaption, .findings span { font-size: 8.5pt; }
+  .findings { grid-template-columns: repeat(4, 1fr); gap: 12px; } .findings b { font-size: 17pt; }
+  .findings li { padding-left: 10px; }
+  .figures, .beside { grid-template-columns: 1fr 1fr; } .figures.many { grid-template-columns: 1fr 1fr 1fr; }
+  .steps, .cards { grid-template-columns: repeat(auto-fit, minmax(116px, 1fr)); gap: 8px; }
+  .steps li, .card { padding: 8px 10px; font-size: 8.5pt; } .steps small, .card small { font-size: 7.5pt; }
+  .card h3, .steps h3 { font-size: 9pt; } .card .text { font-size: 9pt; max-height: none; }
   .card, .steps li { -webkit-print-color-adjust: exact; print-color-adjust: exact; } }
 """
 
