@@ -22,6 +22,7 @@ __all__ = [
     "fraction",
     "integral",
     "non_negative",
+    "number_or_rows",
     "positive",
     "rows",
     "smoothing",
@@ -68,6 +69,14 @@ def integral(
 def boolean(name: str, value: jax.typing.ArrayLike, like: tuple[str, jax.Array]) -> jax.Array:
     """``value`` as a boolean array of the shape of another argument, or an error that names it."""
     return check_mask(value, like[1].shape, name=name, like=like[0])
+
+
+def number_or_rows(name: str, value: jax.typing.ArrayLike, like: tuple[str, jax.Array]) -> jax.Array:
+    """``value``, a number or one a row, as a float32 array of the shape of another argument."""
+    array = floating(name, value, "", "B")
+    if array.ndim == 1:
+        _check_shape(name, array, (), like)
+    return jnp.broadcast_to(array, like[1].shape)
 
 
 def rows(name: str, array: jax.Array, like: tuple[str, jax.Array]) -> None:

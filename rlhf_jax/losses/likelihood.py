@@ -176,6 +176,7 @@ def chunked_token_log_probs(
     blocks = min(max(1, math.ceil(math.prod(targets.shape) / chunk_size)), unembedding.shape[0])
     broken = ~jnp.all(jnp.isfinite(hidden), axis=-1)
     states = jnp.where(broken[..., None], 0.0, hidden / temperature)
+    states, unembedding = _varying_alike(states, unembedding)
     flat = states.reshape(-1, states.shape[-1]), unembedding, targets.reshape(-1)
     log_probs, entropy = (x.reshape(targets.shape) for x in _blocked(*flat, blocks))
     return jnp.where(broken, jnp.nan, log_probs), jnp.where(broken, jnp.nan, entropy)
@@ -304,6 +305,15 @@ def _blocked_backward(blocks, residuals, cotangents):
     (states_cotangent, stacked_cotangent), _ = jax.lax.scan(one, start, jnp.arange(blocks))
     unembedding_cotangent = stacked_cotangent.reshape(-1, unembedding.shape[1])[: unembedding.shape[0]]
     return states_cotangent, unembedding_cotangent, None
+
+
+def _varying_alike(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Unchanged numbers; inside `shard_map`, each array now varies over every mesh axis that the other varies over.
+
+    The gradient of a replicated array is then summed over those axes by JAX, as it is for a plain matrix product. The
+    added zeros carry the axes along and are compiled away.
+    """
+    return first + jnp.zeros_like(jnp.sum(second)), second + jnp.zeros_like(jnp.sum(first))
 
 
 def _strided(unembedding: jax.Array, blocks: int) -> jax.Array:

@@ -68,15 +68,14 @@ def bradley_terry_loss(
     rejected = checks.floating("rejected_rewards", rejected_rewards, like=("chosen_rewards", chosen))
     checks.smoothing("label_smoothing", label_smoothing)
     checks.non_negative("centering", centering)
-    margins = checks.floating("margin", margin, "", "B")
-    margins = jnp.broadcast_to(jax.lax.stop_gradient(margins), chosen.shape)
+    margins = checks.number_or_rows("margin", margin, ("chosen_rewards", chosen))
 
     def loss(chosen: jax.Array, rejected: jax.Array, margin: jax.Array) -> jax.Array:
         return _smoothed(chosen - rejected - margin, label_smoothing) + centering * jnp.square(
             chosen + rejected
         )
 
-    return elementwise(loss, chosen, rejected, margins)
+    return elementwise(loss, chosen, rejected, jax.lax.stop_gradient(margins))
 
 
 def pairwise_ranking_loss(
@@ -436,18 +435,17 @@ def kto_loss(
     policy = checks.floating("policy", policy, "B")
     ref = jax.lax.stop_gradient(checks.floating("ref", ref, like=("policy", policy)))
     desirable = checks.boolean("desirable", desirable, ("policy", policy))
-    kl_baseline = checks.floating("kl_baseline", kl_baseline, "", "B")
+    baseline = checks.number_or_rows("kl_baseline", kl_baseline, ("policy", policy))
     checks.positive("beta", beta)
     checks.non_negative("desirable_weight", desirable_weight)
     checks.non_negative("undesirable_weight", undesirable_weight)
-    baseline = jnp.broadcast_to(jax.lax.stop_gradient(kl_baseline), policy.shape)
 
     def loss(policy: jax.Array, ref: jax.Array, baseline: jax.Array) -> jax.Array:
         gain = beta * (policy - ref - jnp.maximum(baseline, 0.0))
         good, bad = desirable_weight * jax.nn.sigmoid(-gain), undesirable_weight * jax.nn.sigmoid(gain)
         return jnp.where(desirable, good, bad)
 
-    return elementwise(loss, policy, ref, baseline)
+    return elementwise(loss, policy, ref, jax.lax.stop_gradient(baseline))
 
 
 def _smoothed(logit: jax.Array, label_smoothing: float) -> jax.Array:
