@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import sys
@@ -54,9 +55,7 @@ def define_init_from(what: str) -> flags.FlagHolder:
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
     """A frozen config dataclass as the ConfigDict that flags can override."""
-    from dataclasses import asdict
-
-    return ml_collections.ConfigDict(asdict(config), convert_dict=True, allow_dotted_keys=False)
+    return ml_collections.ConfigDict(dataclasses.asdict(config))
 
 
 def launch(main: Callable[[StopRequest], None]) -> None:

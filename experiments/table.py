@@ -17,3 +17,12 @@ def policies(summary: Mapping[str, Mapping[str, float]]) -> str:
         cells = "".join(f"{values[name]:12.2f}" if name in values else f"{'':12}" for name in columns)
         lines.append(f"{policy:<{width}}{cells}")
     return "\n".join(lines)
+
+
+def ladder(summary: Mapping[str, Mapping]) -> str:
+    """The reward model against what it can be held against, then the policies."""
+    reward = summary["reward_model"]
+    line = f"reward model: accuracy {reward['accuracy']:.3f} on held-out pairs"
+    if "bayes_accuracy" in reward:
+        line += f", Bayes ceiling {reward['bayes_accuracy']:.3f}"
+    return f"{line}, 'the longer one wins' {reward['longer_wins']:.3f}\n\n{policies(summary['policies'])}"

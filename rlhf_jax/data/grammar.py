@@ -91,7 +91,8 @@ PLURALS = frozenset(
 GENRES = ("comedy", "drama", "thriller", "western", "musical", "romance", "mystery", "documentary")
 FILLERS = ("really", "very", "basically", "just", "quite", "totally", "so", "actually")
 
-# The word that tells a prompt's sentiment; no other word of a prompt is one of these.
+# The words that tell a prompt's sentiment. Every phrasing has "positive" or "negative": one frequent cue is learned in
+# hundreds of steps, four rare ones in thousands.
 CUES = {
     "positive": frozenset(("positive", "good", "praise", "recommend")),
     "negative": frozenset(("negative", "bad", "criticize", "pan")),
@@ -99,15 +100,15 @@ CUES = {
 PHRASINGS = {
     "positive": (
         "write a positive review of the {topic} in this {genre} .",
-        "tell me what is good about the {topic} of this {genre} .",
-        "please praise the {topic} of the {genre} .",
-        "give a reason to recommend the {topic} in the {genre} .",
+        "tell me what is positive about the {topic} of this {genre} .",
+        "please praise the {topic} of the {genre} in a positive review .",
+        "give a positive reason to recommend the {topic} in the {genre} .",
     ),
     "negative": (
         "write a negative review of the {topic} in this {genre} .",
-        "tell me what is bad about the {topic} of this {genre} .",
-        "please criticize the {topic} of the {genre} .",
-        "give a reason to pan the {topic} in the {genre} .",
+        "tell me what is negative about the {topic} of this {genre} .",
+        "please criticize the {topic} of the {genre} in a negative review .",
+        "give a negative reason to pan the {topic} in the {genre} .",
     ),
 }
 OPINIONS = (
@@ -148,8 +149,8 @@ class WriterHabits:
     """How often the writer does what; every habit costs gold, so imitation leaves room for improvement."""
 
     sentence_counts: tuple[float, ...] = (0.45, 0.40, 0.12, 0.02, 0.01)  # P(1), ..., P(5) sentences
-    off_sentiment: float = 0.35  # a sentence of the opposite opinion
-    off_topic: float = 0.4  # a sentence about something else
+    off_sentiment: float = 0.2  # a sentence of the opposite opinion
+    off_topic: float = 0.3  # a sentence about something else
     aside: float = 0.15  # a sentence of no opinion at all
     filler: float = 0.35  # before an adjective or a verb
     repeat: float = 0.05  # one sentence of the reply is said twice

@@ -1,7 +1,7 @@
 """A device mesh, where batches and parameters live on it, and a step compiled for it. Imports errors only.
 
-Two paths run the very same step. ``jit``: the batch is sharded over the mesh's ``data`` axis, parameters are
-replicated, and XLA inserts the reductions. ``pmap``: every device holds a replica and its rows, and the step's own reducer
+Two paths run the very same step. ``jit``: the batch is sharded over the mesh's ``data`` axis, parameters
+are replicated, and XLA inserts the reductions. ``pmap``: every device holds a replica and its rows, and the step's own reducer
 sums totals and weights over the axis named ``data``. Both give the same update to float tolerance.
 """
 
@@ -65,9 +65,10 @@ def compile_step(
     """
     if parallelism == "jit":
         whole, rows = replicated(mesh), by_rows(mesh)
-        return jax.jit(
+        compiled = jax.jit(
             make_step(None), in_shardings=(whole, whole, rows), out_shardings=(whole, whole), donate_argnums=0
         )
+        return lambda state, frozen, batch: compiled(state, frozen, put_rows(mesh, batch))
     if parallelism != "pmap":
         raise InputError(f"--parallelism={parallelism!r}; use 'jit' or 'pmap'")
     devices = list(mesh.devices.flat)

@@ -107,7 +107,7 @@ def make_train_step(
 
 def _apply_update(state, optimizer, loss, grads, metrics):
     """One optimiser update, or none where the loss or the gradient is not finite."""
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -1,0 +1,156 @@
+"""Stages in turn, each from the hand-off of the one before. Imports stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rlhf_jax import checkpoints
+from rlhf_jax.errors import InputError
+from rlhf_jax.metrics import read_metrics
+from rlhf_jax.stages import config as configs
+from rlhf_jax.stages import dpo, evaluate, ppo, reward_model, sft
+from rlhf_jax.training.interrupt import StopRequest
+
+STAGES = ("sft", "reward_model", "ppo", "ppo_no_leash", "dpo", "evaluate")
+POLICIES = ("ppo", "ppo_no_leash", "dpo")
+_CONFIGS = {
+    "sft": sft.Config,
+    "reward_model": reward_model.Config,
+    "ppo": ppo.Config,
+    "ppo_no_leash": ppo.Config,
+    "dpo": dpo.Config,
+    "evaluate": evaluate.Config,
+}
+# What all stages share; a ladder's config has these once, at its top.
+SHARED = ("seed", "data", "model")
+
+
+def own_fields(config: Any) -> dict[str, Any]:
+    """A stage's config as a dict, without what the ladder's config holds for all stages."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in SHARED}
+
+
+def stage_configs(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The frozen config of every stage from a ladder's config.
+
+    Raises:
+      InputError: a field that does not exist or has the wrong type, or a missing stage.
+    """
+    unknown = sorted(set(config) - set(SHARED) - set(STAGES))
+    if unknown:
+        raise InputError(f"config.{unknown[0]} does not exist; a ladder has {', '.join(SHARED + STAGES)}")
+    built = {}
+    for stage, cls in _CONFIGS.items():
+        shared = {name: config[name] for name in SHARED if name in cls.__dataclass_fields__}
+        built[stage] = configs.from_dict(cls, {**config[stage], **shared}, f"config.{stage}")
+    return built
+
+
+def run(
+    config: Mapping[str, Any],
+    workdir: pathlib.Path,
+    *,
+    stages: Sequence[str],
+    again: bool,
+    parallelism: str,
+    stop: StopRequest,
+) -> None:
+    """Runs ``stages`` in ladder order.
+
+    Args:
+      config: a ladder's config as nested dicts.
+      workdir: holds one directory a stage.
+      stages: their names; ``evaluate`` always measures anew.
+      again: whether a stage that is finished is run again, its old directory kept aside.
+      parallelism: see ``parallel.mesh``.
+      stop: passed on.
+
+    Raises:
+      InputError: from any stage, before it trains.
+      Interrupted: stopped on request.
+    """
+    unknown = [name for name in stages if name not in STAGES]
+    if unknown:
+        raise InputError(f"--stages has {unknown[0]!r}; the stages are {', '.join(STAGES)}")
+    built = stage_configs(config)
+    for name, stage in _runners(built, workdir, parallelism, stop).items():
+        directory = workdir / name
+        if name not in stages:
+            continue
+        finished = checkpoints.is_finished(directory)
+        if finished and again:
+            _keep_aside(directory)
+        elif finished:
+            print(f"{name} is finished in {directory}", file=sys.stderr)
+            continue
+        started = time.monotonic()
+        stage()
+        print(f"{name} took {time.monotonic() - started:.0f} s", file=sys.stderr)
+
+
+def _runners(
+    built: Mapping[str, Any], workdir: pathlib.Path, parallelism: str, stop: StopRequest
+) -> dict[str, Callable[[], Any]]:
+    start, reward = str(workdir / "sft"), str(workdir / "reward_model")
+    common = {"parallelism": parallelism, "stop": stop}
+
+    def run_ppo(name: str) -> None:
+        ppo.run(built[name], workdir / name, init_from=start, reward_from=reward, **common)
+
+    return {
+        "sft": lambda: sft.run(built["sft"], start, **common),
+        "reward_model": lambda: reward_model.run(built["reward_model"], reward, init_from=start, **common),
+        "ppo": lambda: run_ppo("ppo"),
+        "ppo_no_leash": lambda: run_ppo("ppo_no_leash"),
+        "dpo": lambda: dpo.run(built["dpo"], workdir / "dpo", init_from=start, **common),
+        "evaluate": lambda: evaluate.run(
+            built["evaluate"],
+            workdir / "evaluate",
+            reference_from=start,
+            reward_from=reward,
+            policies_from={name: str(workdir / name) for name in POLICIES},
+            stop=stop,
+        ),
+    }
+
+
+def is_complete(config: Mapping[str, Any], workdir: pathlib.Path) -> bool:
+    """Whether every stage has left its result."""
+    trained = all(checkpoints.is_finished(workdir / name) for name in STAGES if name != "evaluate")
+    return trained and (workdir / "evaluate" / evaluate.SUMMARY).exists()
+
+
+def write_summary(workdir: pathlib.Path) -> dict[str, Any]:
+    """Gathers ``summary.json``: the reward model against its ceiling, every policy, and gold along the unleashed run."""
+    facts = checkpoints.load_handoff(workdir / "reward_model")[0].facts
+    found = {"accuracy": facts["eval/accuracy"]}
+    found |= {
+        name: facts[name] for name in ("bayes_accuracy", "longer_wins", "calibration_error") if name in facts
+    }
+    policies = json.loads((workdir / "evaluate" / evaluate.SUMMARY).read_text())
+    names = {"eval/kl": "kl", "eval/proxy": "proxy", "eval/gold": "gold", "eval/length": "length"}
+    for policy in ("ppo", "ppo_no_leash"):
+        policies[policy]["curve"] = [
+            {"iteration": row["step"], **{short: row[long] for long, short in names.items() if long in row}}
+            for row in read_metrics(workdir / policy / "metrics.jsonl")
+            if "eval/kl" in row
+        ]
+        if all("gold" in point for point in policies[policy]["curve"]):
+            policies[policy]["gold_curve"] = [point["gold"] for point in policies[policy]["curve"]]
+    summary = {"reward_model": found, "policies": policies}
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+def _keep_aside(directory: pathlib.Path) -> None:
+    number = 1
+    while (aside := directory.with_name(f"{directory.name}.{number}")).exists():
+        number += 1
+    directory.rename(aside)
+    print(f"{directory} was finished; it is now {aside}", file=sys.stderr)
