@@ -30,6 +30,7 @@ def _heaviest(logits: jax.Array, weights: jax.Array, target: float) -> jax.Array
     ``top_k``, over a vocabulary of 32,000 takes twenty times as long.
     """
     bits = jax.lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.uint32)
+    bits = jnp.where(logits == 0, jnp.uint32(0), bits)  # -0 equals 0
     sign = jnp.uint32(1 << 31)
     order = jnp.where(bits >= sign, ~bits, bits | sign)  # unsigned integers that compare as the floats do
 
