@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from rlhf_jax.evaluation import plots_style as style
 from rlhf_jax.evaluation.plots_style import INK, MUTED, PAPER, Look
-from rlhf_jax.evaluation.report_files import Ladder, Point, read_ladder, trace
+from rlhf_jax.evaluation.report_files import Ladder, Point, is_number, read_ladder, trace
 from rlhf_jax.evaluation.report_findings import gold_course
 
 # More points than pixels only make the file larger.
@@ -45,7 +45,7 @@ def distance_figure(
     for name, points in traces.items():
         _trace(axes, points, looks[name], quantity)
     for name, values in policies.items():
-        if name not in traces and quantity in values and "kl" in values:
+        if name not in traces and is_number(values.get(quantity)) and is_number(values.get("kl")):
             _point(axes, values["kl"], values[quantity], looks[name])
     _kl_axis(axes)
     axes.margins(x=0.06, y=0.14)
@@ -181,7 +181,7 @@ def save_overview(workdir: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
     ladder = read_ladder(workdir)
     traces = {name: points for name, run in ladder.runs.items() if len(points := trace(run.rows)) > 1}
     looks = style.looks([*ladder.policies, *ladder.runs])
-    gold = all("gold" in values for values in ladder.policies.values()) and all(
+    gold = all(is_number(values.get("gold")) for values in ladder.policies.values()) and all(
         point.gold is not None for points in traces.values() for point in points
     )
     with style.settings():
@@ -219,11 +219,13 @@ def _overview_course(axes: Axes, traces, ladder: Ladder, looks: Mapping[str, Loo
 
 def _overview_bars(axes: Axes, ladder: Ladder, looks: Mapping[str, Look], quantity: str) -> None:
     style.calm(axes, font=14)
-    shown = {name: values[quantity] for name, values in ladder.policies.items() if quantity in values}
+    shown = {
+        name: values[quantity] for name, values in ladder.policies.items() if is_number(values.get(quantity))
+    }
     axes.barh(
         range(len(shown)), list(shown.values()), color=[looks[name].color for name in shown], height=0.62
     )
-    low, high = min(0.0, *shown.values()), max(0.0, *shown.values())
+    low, high = min([0.0, *shown.values()]), max([1e-9, *shown.values()])
     pad = 0.025 * (high - low)
     for row, value in enumerate(shown.values()):
         axes.text(value + (pad if value >= 0 else -pad), row, f"{value:.2f}", va="center", fontsize=14, color=INK,

@@ -133,9 +133,14 @@ def read_ladder(directory: pathlib.Path) -> Ladder:
     )
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value that was read can be drawn."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def series(rows: Sequence[Mapping[str, float]], name: str) -> list[tuple[int, float]]:
     """(step, value) of every row that has a finite value of that name."""
-    return [(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])]
+    return [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
 
 
 def trace(rows: Sequence[Mapping[str, float]]) -> list[Point]:
@@ -144,8 +149,7 @@ def trace(rows: Sequence[Mapping[str, float]]) -> list[Point]:
     return [
         Point(step=row["step"], kl=row["eval/kl"], proxy=row["eval/proxy"], gold=row.get("eval/gold"))
         for row in rows
-        if all(name in row and math.isfinite(row[name]) for name in names)
-        and math.isfinite(row.get("eval/gold", 0.0))
+        if all(is_number(row.get(name)) for name in names) and is_number(row.get("eval/gold", 0.0))
     ]
 
 

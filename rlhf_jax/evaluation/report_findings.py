@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.evaluation.report_files import Point
+from rlhf_jax.evaluation.report_files import Point, is_number
 
 # A fall smaller than this share of the gain is the noise of an evaluation, and is called staying.
 NOTABLE_FALL = 0.1
@@ -70,7 +70,8 @@ def _moved(before: float, after: float) -> str:
 def gold_gain(policies: Mapping[str, Mapping[str, Any]], name: str) -> tuple[float, float] | None:
     """Gold of a policy above that of SFT: (gold units, standard deviations of SFT's gold); None where not known."""
     start, end = policies.get("sft", {}), policies.get(name, {})
-    if not start.get("gold_std") or "gold" not in start or "gold" not in end:
+    known = (start.get("gold"), start.get("gold_std"), end.get("gold"))
+    if not all(map(is_number, known)) or start["gold_std"] <= 0:
         return None
     gain = end["gold"] - start["gold"]
     return gain, gain / start["gold_std"]

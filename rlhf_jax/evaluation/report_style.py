@@ -48,8 +48,8 @@ td { padding: 10px 12px; text-align: right; border-bottom: 1px solid var(--line)
 th:first-child, td:first-child { text-align: left; padding-left: 2px; }
 td small { color: var(--muted); font-size: 13px; }
 td.words { white-space: normal; text-align: left; color: var(--muted); font-size: 14px; min-width: 15em; }
-tbody th { min-width: 7.6em; text-align: left; white-space: normal; padding-block: 10px; border-bottom: 1px solid var(--line);
-  color: var(--ink); font-size: 16px; }
+tbody th { min-width: 7.6em; text-align: left; white-space: normal; padding-block: 10px;
+  border-bottom: 1px solid var(--line); color: var(--ink); font-size: 16px; }
 table.small { font-size: 14px; } table.small td, table.small tbody th { padding-block: 6px; font-size: 14px; }
 .glyph { color: var(--hue); margin-right: .5em; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 24px; font: 400 15px/1.5 var(--sans); margin: 22px 0 4px;
