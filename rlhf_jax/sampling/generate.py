@@ -83,11 +83,11 @@ def generate(
 ) -> Rollout:
     """Samples one response a row. Pure; jit it with ``config`` and ``sampling`` static.
 
-    tokens, token_mask: [B, P] prompts, padded on the left. key: typed; the draw of row b at step t comes from
-    fold_in(fold_in(key, b), t), so that it depends on neither neighbours nor padding. A row ends with
-    ``eos_id``, which belongs to its response, or after ``max_new_tokens``; ``pad_id`` (which may be
-    ``eos_id``) fills what follows. The loop ends when every row has. The cache has exactly P + max_new_tokens
-    columns.
+    tokens, token_mask: [B, P] prompts of at least one token, padded on the left. key: typed; the draw of row
+    b at step t comes from fold_in(fold_in(key, b), t), so that it depends on neither neighbours nor padding.
+    A row ends with ``eos_id``, which belongs to its response, or after ``max_new_tokens``; ``pad_id`` (which
+    may be ``eos_id``) fills what follows. The loop ends when every row has. The cache has exactly P +
+    max_new_tokens columns.
 
     Returns a Rollout over [B, P + max_new_tokens] whose log-probs are those of the behaviour distribution.
 

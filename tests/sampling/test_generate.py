@@ -11,6 +11,7 @@ import scipy.stats
 from rlhf_jax.errors import InputError
 from rlhf_jax.losses import token_log_probs
 from rlhf_jax.models import decoder
+from rlhf_jax.models.cache import decode_step
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.huggingface import load_pretrained
 from rlhf_jax.sampling.generate import SamplingConfig, generate
@@ -112,6 +113,29 @@ def test_a_row_ends_with_eos_and_then_holds_padding(sample):
         np.testing.assert_array_equal(rollout.token_mask[:, :6], MASK)
     assert ended
     assert cut
+
+
+def test_decoding_stops_with_the_last_row(params, monkeypatch):
+    steps = []
+
+    def counted(*arguments):
+        jax.debug.callback(lambda column: steps.append(int(column)), arguments[5])
+        return decode_step(*arguments)
+
+    monkeypatch.setattr("rlhf_jax.sampling.generate.decode_step", counted)
+    sampling = SamplingConfig(max_new_tokens=26, temperature=2.0)
+    run = jax.jit(functools.partial(generate, CONFIG, sampling=sampling, eos_id=EOS, pad_id=0))
+    seen = set()
+    for seed in range(4):
+        steps.clear()
+        rollout = run(params, PROMPTS[:1], MASK[:1], jax.random.key(seed))
+        length = int(np.asarray(rollout.response_mask).sum())
+        jax.effects_barrier()
+        # The first token comes from the prompt, and the last one is not read.
+        assert sorted(steps) == list(range(6, 6 + length - 1))
+        seen.add(length)
+    assert min(seen) < 26
+    assert len(seen) > 1
 
 
 def test_another_padding_id_changes_the_filling_alone(sample):
