@@ -10,7 +10,7 @@ import dataclasses
 import html
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -138,27 +138,24 @@ def to_svg(figure: Figure, *, name: str, description: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     view_box = re.search(r'viewBox="([^"]*)"', text).group(1)
     opening = f'<svg viewBox="{view_box}" role="img" aria-label="{html.escape(description)}">'
-    text = opening + text[text.index(">") + 1 :]
+    text = text[text.index(">") + 1 :]
     text = re.sub(r"<style.*?</style>\s*", "", text, flags=re.DOTALL)  # it would style the whole page
-    text = re.sub(r"<[^>]*>", _tidy_tag, text)
-    used = set(re.findall(r'url\(#([^)]*)\)|href="#([^"]*)"', text))
-    used = {name for pair in used for name in pair if name}
-    text = re.sub(
-        r' id="([^"]*)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", text
-    )
-    text = text.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
-    # The page's own typeface, not the one that Matplotlib measured with.
-    text = re.sub(r"font: (\d+(?:\.\d+)?)px [^;\"<>]*", r"font-size: \1px", text)
-    text = re.sub(r"font-family: [^;\"<>]*;?\s*", "", text)
+    used = set(re.findall(r"url\(#([^)]*)\)", text)) | set(re.findall(r'href="#([^"]*)"', text))
+    # Only tags are touched, never the text between them.
+    return opening + re.sub(r"<[^>]*>", lambda match: _adapt_tag(match[0], name, used), text).strip()
+
+
+def _adapt_tag(tag: str, name: str, used: Set[str]) -> str:
+    """A tag of Matplotlib's SVG as a page needs it: ids of its own, named colours, the page's typeface."""
+    tag = re.sub(r' id="([^"]*)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", tag)
+    tag = tag.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'href="#{name}-')
+    tag = re.sub(r' transform="rotate\(-?0 [^"]*"', "", tag)
+    tag = re.sub(r"font: (\d+(?:\.\d+)?)px [^;\"]*", r"font-size: \1px", tag)
+    tag = re.sub(r"font-family: [^;\"]*;?\s*", "", tag)
     for color, variable in _variables().items():
-        text = re.sub(re.escape(color), f"var(--{variable})", text, flags=re.IGNORECASE)
-    return text.strip()
-
-
-def _tidy_tag(match: re.Match) -> str:
-    """Hundredths of a pixel are enough, and a turn by nothing is nothing."""
-    tag = re.sub(r' transform="rotate\(-?0 [^"]*"', "", match[0]).replace("xlink:href", "href")
-    return re.sub(r"-?\d+\.\d{3,}(?![\d.])", lambda number: f"{float(number[0]):.2f}", tag)
+        tag = re.sub(re.escape(color), f"var(--{variable})", tag, flags=re.IGNORECASE)
+    # Hundredths of a pixel are enough.
+    return re.sub(r"-?\d+\.\d{3,}(?![\d.])", lambda match: f"{float(match[0]):.2f}", tag)
 
 
 def _variables() -> Mapping[str, str]:

@@ -119,11 +119,11 @@ def test_a_policy_keeps_its_look_and_strangers_get_their_own():
 def test_svg_names_its_colours_and_nothing_outside_itself():
     look = plots_style.KNOWN["ppo"]
     figure = plots.distance_figure({"ppo": POINTS}, {}, {"ppo": look}, "gold")
-    figure.axes[0].set_title('</svg><script>1</script> $x^2$ id="q"')
+    figure.axes[0].set_title('</svg><script>1</script> $x^2$ #0072b2 id="q"')
     svg = plots_style.to_svg(figure, name="one", description='a "quoted" <thing>')
-    assert f"var(--{look.css})" in svg and look.color not in svg.lower()
+    assert f"var(--{look.css})" in svg and svg.lower().count(look.color) == 1  # in the title
     assert "http" not in svg and "<style" not in svg and "<metadata" not in svg and "<script" not in svg
-    assert "&lt;/svg&gt;&lt;script&gt;1&lt;/script&gt; $x^2$" in svg
+    assert '>&lt;/svg&gt;&lt;script&gt;1&lt;/script&gt; $x^2$ #0072b2 id="q"</text>' in svg
     assert 'aria-label="a &quot;quoted&quot; &lt;thing&gt;"' in svg
     assert "DejaVu" not in svg and 'id="one-' in svg and "url(#one-" in svg
     again = plots.distance_figure({"ppo": POINTS}, {}, {"ppo": look}, "gold")

@@ -116,6 +116,8 @@ def test_the_words_are_worked_by_hand(ladder):
     assert "Gold rose from 1.00 to 3.00 (step 20, KL 4.0 nats), its highest at the last evaluation" in text
     # 2 points over SFT, whose gold has a standard deviation of 2.
     assert "+2.00 gold" in text and "by PPO over SFT, +1.0 standard deviations" in text
+    assert "81.2%reward-model accuracy of a possible 82.8%" in text
+    assert "150%of the gold gained is lost again once the leash is cut" in text
     assert "in 81.2% of 4 pairs it had not seen" in text
     assert (
         "better than 82.8% on average, because labels are noisy: it is 1.6 points below that ceiling" in text
