@@ -197,15 +197,18 @@ def save_overview(workdir: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
 def _overview_course(axes: Axes, traces, ladder: Ladder, looks: Mapping[str, Look], gold: bool) -> None:
     style.calm(axes, font=14)
     axes.axhline(0, color=MUTED, linewidth=0.8)
+    marked = {"linewidth": 3, "markersize": 7, "markeredgecolor": "white"}
     for name, points in traces.items():
         look = looks[name]
         x = _roots([point.kl for point in points])
-        axes.plot(x, [point.proxy for point in points], color=look.color, linewidth=2.2, dashes=(3.5, 2))
+        proxy = {"linewidth": 2.2, "dashes": (3.5, 2)} if gold else marked | {"marker": look.marker}
+        axes.plot(x, [point.proxy for point in points], color=look.color, **proxy)
         if gold:
-            axes.plot(x, [point.gold for point in points], color=look.color, linewidth=3, marker=look.marker,
-                      markersize=7, markeredgecolor="white")  # fmt: skip
-    kinds = [("proxy: what it was trained on", (3.5, 2))]
-    kinds += [("gold: what was wanted", (None, None))] if gold else []
+            axes.plot(x, [point.gold for point in points], color=look.color, **marked, marker=look.marker)
+    # One kind of line needs no key.
+    kinds = (
+        [("proxy: what it was trained on", (3.5, 2)), ("gold: what was wanted", (None, None))] if gold else []
+    )
     handles = [axes.plot([], [], color=looks[name].color, linewidth=3)[0] for name in traces]
     handles += [axes.plot([], [], color=INK, linewidth=2.2, dashes=dashes)[0] for _, dashes in kinds]
     labels = [f"{looks[name].label} (beta {_beta(ladder, name)})" for name in traces]
@@ -213,8 +216,14 @@ def _overview_course(axes: Axes, traces, ladder: Ladder, looks: Mapping[str, Loo
     _kl_axis(axes)
     axes.margins(x=0.03, y=0.06)
     axes.xaxis.label.set_size(14)
-    axes.set_title("Reward against distance from SFT", loc="left", color=INK, fontsize=17, pad=14)
-    axes.legend(handles, labels, frameon=False, fontsize=13, labelcolor=INK, loc="best", ncols=1)
+    axes.set_title(
+        f"{'Reward' if gold else 'Proxy'} against distance from SFT",
+        loc="left",
+        color=INK,
+        fontsize=17,
+        pad=14,
+    )
+    axes.legend(handles, labels, fontsize=13, labelcolor=INK, loc="best", frameon=False)
 
 
 def _overview_bars(axes: Axes, ladder: Ladder, looks: Mapping[str, Look], quantity: str) -> None:
