@@ -31,8 +31,8 @@ def token_log_probs(
 ) -> jax.Array:
     """Log-probability of each target under the softmax of its logits.
 
-    log pi(y_t | x, y_<t) = z_t[y_t] / tau - logsumexp(z_t / tau), the summand of Ouyang et al. (2022), eq.
-    2's second expectation. Nothing is held constant.
+    log pi(y_t | x, y_<t) = z_t[y_t] / tau - logsumexp(z_t / tau), the summand of Radford et al. (2018),
+    eq. 1. Nothing is held constant.
 
     Args:
       logits: [B, T, V] float, any float dtype. -inf marks a token that cannot be sampled.
@@ -137,11 +137,12 @@ def chunked_token_log_probs(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities and entropies straight from the last hidden states, never holding [B, T, V].
 
-    Equals ``token_log_probs(hidden @ unembedding.T, targets)`` and ``token_entropy(hidden @ unembedding.T)``, forward
-    and backward. As many logits are alive at a time as ``chunk_size`` positions have, chunk_size * V; they are cut
-    along the vocabulary (all positions, V * chunk_size / (B * T) tokens), and computed again in the backward pass.
-    With 2,040 positions, D = 288, V = 32,000 and chunk_size = 255, in float32 on a CPU, value and both gradients need
-    42 MB of temporaries instead of 522 MB and 0.36 s on two cores instead of 0.53 s (docs/numerics.md). Reverse mode only.
+    Equals ``token_log_probs(hidden @ unembedding.T, targets)`` and ``token_entropy(hidden @ unembedding.T)``,
+    forward and backward. As many logits are alive at a time as ``chunk_size`` positions have, chunk_size * V;
+    they are cut along the vocabulary (all positions, V * chunk_size / (B * T) tokens), and computed again in
+    the backward pass. With 2,040 positions, D = 288, V = 32,000 and chunk_size = 255, in float32 on two CPU cores,
+    value and both gradients need 42 MB of temporaries instead of 522 MB and 0.36 s instead of 0.53 s
+    (docs/numerics.md). Reverse mode only.
 
     Args:
       hidden: [B, T, D] float, the states that predict ``targets``.

@@ -116,7 +116,7 @@ def plackett_luce_loss(
     and so on.
 
     -sum_k (r_(k) - log sum_{j >= k} exp r_(j)), r_(k) the reward of the response ranked k-th: Luce (1959),
-    Plackett (1975); Rafailov et al. (2023), eq. 18. Two responses make it `bradley_terry_loss`. Responses of
+    Plackett (1975); Rafailov et al. (2023), appendix A.3. Two responses make it `bradley_terry_loss`. Responses of
     equal rank all compete in each other's sums (Breslow's rule).
 
     Args:
@@ -183,7 +183,7 @@ def dpo_loss(
     """Bradley-Terry on implicit rewards: preferences train the policy with no reward model in between.
 
     -(1 - eps) log sigmoid(beta Delta) - eps log sigmoid(-beta Delta): Rafailov et al. (2023), eq. 7; eps > 0
-    is Mitchell (2023)'s conservative DPO.
+    is the conservative DPO of Mitchell (2023), eq. 3.
 
     Args:
       policy_chosen: [B] float, log pi(y_w | x), nats, summed over response tokens.
@@ -410,7 +410,8 @@ def kto_loss(
     """Prospect theory on single responses, each labelled good or bad, with no pairs.
 
     w_D (1 - sigmoid(beta (c - z))) for a desirable response, w_U (1 - sigmoid(beta (z - c))) for another,
-    with c = log pi(y|x) - log pi_ref(y|x) and z = max(kl_baseline, 0): Ethayarajh et al. (2024), eq. 8.
+    with c = log pi(y|x) - log pi_ref(y|x) and z = max(kl_baseline, 0): the KTO loss of Ethayarajh et al.
+    (2024).
 
     Args:
       policy: [B] float, log pi(y | x), nats, summed over response tokens.
