@@ -73,7 +73,7 @@ def boolean(name: str, value: jax.typing.ArrayLike, like: tuple[str, jax.Array])
 
 def number_or_rows(name: str, value: jax.typing.ArrayLike, like: tuple[str, jax.Array]) -> jax.Array:
     """``value``, a number or one a row, as a float32 array of the shape of another argument."""
-    array = floating(name, value, "", "B")
+    array = floating(name, float(value) if isinstance(value, int) else value, "", "B")
     if array.ndim == 1:
         _check_shape(name, array, (), like)
     return jnp.broadcast_to(array, like[1].shape)

@@ -64,6 +64,10 @@ def test_margin_a_row():
         )
 
 
+def test_a_whole_number_is_a_margin():
+    assert float(losses.bradley_terry_loss(one(2.0), one(1.0), margin=1)[0]) == pytest.approx(np.log(2))
+
+
 def test_a_pair_is_a_ranking_of_two():
     rewards = np.array([[0.3, -1.2], [2.0, 2.5]], np.float32)
     ranks, mask = np.array([[0, 1], [0, 1]]), np.ones((2, 2), bool)
