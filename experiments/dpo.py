@@ -3,7 +3,10 @@
 python -m experiments.dpo --workdir=runs/dpo --init_from=runs/sft
 """
 
+import pathlib
+
 from experiments import launch
+from rlhf_jax.evaluation import report
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import dpo
 
@@ -18,6 +21,7 @@ PARALLELISM = launch.define_parallelism()
 def main(stop):
     config = configs.from_dict(dpo.Config, CONFIG.value.to_dict())
     dpo.run(config, WORKDIR.value, init_from=INIT_FROM.value, parallelism=PARALLELISM.value, stop=stop)
+    print(report.write_report(pathlib.Path(WORKDIR.value)))
 
 
 if __name__ == "__main__":

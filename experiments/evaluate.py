@@ -4,10 +4,13 @@
         --policies=ppo=runs/ppo,dpo=runs/dpo
 """
 
+import pathlib
+
 from absl import flags
 
 from experiments import launch, table
 from rlhf_jax.errors import InputError
+from rlhf_jax.evaluation import report
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import evaluate
 
@@ -36,6 +39,7 @@ def main(stop):
         stop=stop,
     )
     print(table.policies(summary))
+    print(report.write_report(pathlib.Path(WORKDIR.value)))
 
 
 if __name__ == "__main__":

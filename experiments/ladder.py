@@ -127,7 +127,7 @@ def is_complete(config: Mapping[str, Any], workdir: pathlib.Path) -> bool:
 
 
 def write_summary(workdir: pathlib.Path) -> dict[str, Any]:
-    """Gathers ``summary.json``: the reward model against its ceiling, every policy, and gold along the unleashed run."""
+    """Gathers ``summary.json``: the reward model against its ceiling, and every policy with its curve."""
     facts = checkpoints.load_handoff(workdir / "reward_model")[0].facts
     found = {"accuracy": facts["eval/accuracy"]}
     found |= {

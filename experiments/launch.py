@@ -25,7 +25,8 @@ def define_config(name: str) -> flags.FlagHolder:
     return config_flags.DEFINE_config_file(
         "config",
         str(CONFIGS / f"{name}.py"),
-        "A Python file with get_config(). Any field can be set on the command line: --config.optimizer.learning_rate=1e-4. "
+        "A Python file with get_config(). Any field can be set on the command line: "
+        "--config.optimizer.learning_rate=1e-4. "
         "The file's docstring gives the command, the time it takes and the number to expect.",
     )
 
@@ -34,8 +35,9 @@ def define_workdir() -> flags.FlagHolder:
     return flags.DEFINE_string(
         "workdir",
         None,
-        "Directory of this run: config.json, metrics.jsonl, tensorboard/, checkpoints/ and, when done, handoff/. Run the same "
-        "command again to resume; a finished run is left as it is; a directory of another config is refused.",
+        "Directory of this run: config.json, metrics.jsonl, tensorboard/, checkpoints/ and, when done, handoff/. "
+        "Run the same command again to resume; a finished run is left as it is; a directory of another config is "
+        "refused.",
         required=True,
     )
 
@@ -61,8 +63,8 @@ def to_config_dict(config: Any) -> ml_collections.ConfigDict:
 def launch(main: Callable[[StopRequest], None]) -> None:
     """Runs ``main`` under absl with what a person at a shell expects.
 
-    Exit status: 0 when done, and after Ctrl-C or SIGTERM once everything is saved; 2 with one sentence on standard error
-    where something given cannot be used.
+    Exit status: 0 when done, and after Ctrl-C or SIGTERM once everything is saved; 2 with one sentence on
+    standard error where something given cannot be used.
     """
 
     def absl_main(argv: list[str]) -> None:
@@ -78,6 +80,10 @@ def launch(main: Callable[[StopRequest], None]) -> None:
         except Interrupted as interrupted:
             print(interrupted, file=sys.stderr)
 
+    # absl lists the flags of the main module alone under --help; those defined here belong there too.
+    for name in ("config", "workdir", "init_from", "parallelism"):
+        if name in flags.FLAGS:
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     app.run(absl_main)
 
 

@@ -1,12 +1,16 @@
 """PPO against a learned reward, on a per-token KL leash to the SFT policy.
 
-python -m experiments.ppo --workdir=runs/ppo --init_from=runs/sft --reward_from=runs/reward_model
-python -m experiments.ppo --workdir=runs/ppo_no_leash --init_from=runs/sft --reward_from=runs/reward_model --config.beta=0.0
+python -m experiments.ppo --workdir=runs/ppo --init_from=runs/sft --reward_from=runs/reward_model python -m
+experiments.ppo --workdir=runs/ppo_no_leash --init_from=runs/sft --reward_from=runs/reward_model
+--config.beta=0.0
 """
+
+import pathlib
 
 from absl import flags
 
 from experiments import launch
+from rlhf_jax.evaluation import report
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import ppo
 
@@ -34,6 +38,7 @@ def main(stop):
         parallelism=PARALLELISM.value,
         stop=stop,
     )
+    print(report.write_report(pathlib.Path(WORKDIR.value)))
 
 
 if __name__ == "__main__":

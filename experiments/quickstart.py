@@ -2,9 +2,10 @@
 
     python -m experiments.quickstart --workdir=runs/quickstart
 
-Each stage starts from the files of the one before (workdir/sft, workdir/reward_model, ...), and from nothing else. Run the
-same command again and finished stages are left alone, a killed one resumes. --stages=ppo runs that stage alone; if it was
-finished, its old directory is kept aside as ppo.1, ppo.2, ... At the end: a table, summary.json and report.html.
+Each stage starts from the files of the one before (workdir/sft, workdir/reward_model, ...), and from nothing
+else. Run the same command again and finished stages are left alone, a killed one resumes. --stages=ppo runs
+that stage alone; if it was finished, its old directory is kept aside as ppo.1, ppo.2, ... At the end: a table,
+summary.json and report.html.
 
 The same ladder on a model and preferences of your own:
 

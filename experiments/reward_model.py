@@ -3,7 +3,10 @@
 python -m experiments.reward_model --workdir=runs/reward_model --init_from=runs/sft
 """
 
+import pathlib
+
 from experiments import launch
+from rlhf_jax.evaluation import report
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import reward_model
 
@@ -20,6 +23,7 @@ def main(stop):
     reward_model.run(
         config, WORKDIR.value, init_from=INIT_FROM.value, parallelism=PARALLELISM.value, stop=stop
     )
+    print(report.write_report(pathlib.Path(WORKDIR.value)))
 
 
 if __name__ == "__main__":

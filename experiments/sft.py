@@ -8,7 +8,10 @@ On a file of preferences (prompt/chosen/rejected, or transcript pairs) it learns
 --config.data.format=demonstrations the file holds prompt/response rows.
 """
 
+import pathlib
+
 from experiments import launch
+from rlhf_jax.evaluation import report
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import sft
 
@@ -20,6 +23,7 @@ PARALLELISM = launch.define_parallelism()
 def main(stop):
     config = configs.from_dict(sft.Config, CONFIG.value.to_dict())
     sft.run(config, WORKDIR.value, parallelism=PARALLELISM.value, stop=stop)
+    print(report.write_report(pathlib.Path(WORKDIR.value)))
 
 
 if __name__ == "__main__":

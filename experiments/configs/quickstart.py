@@ -15,41 +15,46 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 
 
 def get_config():
-    world = WorldConfig(length_bias=0.3, num_demonstrations=16384, num_preferences=32768)
-    leashed = ppo.Config(
-        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant"),
-        schedule=Schedule(num_steps=80, eval_every=5, save_every=20),
-        beta=0.15,
+    world = WorldConfig(
+        length_bias=0.3,
+        num_demonstrations=32768,
+        num_preferences=32768,
+        num_eval_preferences=4096,
+        num_eval_prompts=512,
     )
     config = ml_collections.ConfigDict({"seed": 0})
     config.model = to_config_dict(sft.ModelSource())
     config.data = to_config_dict(DataConfig(world=world))
     config.sft = own_fields(
         sft.Config(
-            optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=20),
-            schedule=Schedule(num_steps=500, eval_every=100, save_every=250),
+            optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50, b2=0.99),
+            schedule=Schedule(num_steps=400, eval_every=100, save_every=200),
         )
     )
     config.reward_model = own_fields(
         reward_model.Config(
-            optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20),
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, b2=0.99),
             schedule=Schedule(num_steps=500, eval_every=100, save_every=250),
-        )
-    )
-    config.ppo = own_fields(leashed)
-    config.ppo_no_leash = own_fields(
-        ppo.Config(
-            optimizer=leashed.optimizer,
-            schedule=Schedule(num_steps=120, eval_every=5, save_every=20),
-            beta=0.0,
         )
     )
     config.dpo = own_fields(
         dpo.Config(
-            optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=20),
-            schedule=Schedule(num_steps=200, eval_every=100, save_every=200),
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20, b2=0.99),
+            schedule=Schedule(num_steps=200, eval_every=50, save_every=100),
             beta=0.3,
         )
     )
+    config.ppo = own_fields(leashed(num_steps=80, beta=0.3))
+    config.ppo_no_leash = own_fields(leashed(num_steps=120, beta=0.0))
     config.evaluate = own_fields(evaluate.Config())
     return config
+
+
+def leashed(*, num_steps: int, beta: float) -> ppo.Config:
+    """PPO on a leash of strength ``beta``; both runs differ in nothing else but their length."""
+    return ppo.Config(
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant", b2=0.99),
+        schedule=Schedule(num_steps=num_steps, eval_every=5, save_every=40),
+        num_epochs=2,
+        beta=beta,
+    )

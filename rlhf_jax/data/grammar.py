@@ -14,80 +14,38 @@ T = TypeVar("T")
 Draw = Iterator[float]
 
 SENTIMENTS = ("positive", "negative")
-POSITIVE_ADJECTIVES = (
-    "brilliant",
-    "charming",
-    "superb",
-    "wonderful",
-    "delightful",
-    "moving",
-    "fresh",
-    "clever",
-    "beautiful",
-    "stunning",
-    "great",
-    "warm",
-    "bold",
-    "perfect",
-)
-NEGATIVE_ADJECTIVES = (
-    "dull",
-    "weak",
-    "boring",
-    "terrible",
-    "clumsy",
-    "lazy",
-    "flat",
-    "stale",
-    "bland",
-    "messy",
-    "cheap",
-    "tedious",
-    "forced",
-    "hollow",
-)
-POSITIVE_VERBS = ("loved", "enjoyed", "adored", "admired", "liked")
-NEGATIVE_VERBS = ("hated", "disliked", "regretted", "resented", "loathed")
+POSITIVE_ADJECTIVES = ("brilliant", "charming", "fresh", "clever", "great", "warm", "bold", "superb")
+NEGATIVE_ADJECTIVES = ("dull", "weak", "flat", "stale", "cheap", "boring", "clumsy", "hollow")
+POSITIVE_VERBS = ("loved", "enjoyed", "admired")
+NEGATIVE_VERBS = ("hated", "disliked", "regretted")
 ADJECTIVES = {"positive": POSITIVE_ADJECTIVES, "negative": NEGATIVE_ADJECTIVES}
 VERBS = {"positive": POSITIVE_VERBS, "negative": NEGATIVE_VERBS}
 SENTIMENT_WORDS = {s: frozenset(ADJECTIVES[s] + VERBS[s]) for s in SENTIMENTS}
 
 TOPIC_NOUNS = {
-    "acting": ("acting", "cast", "actors", "performances", "lead"),
-    "story": ("story", "plot", "script", "ending", "twists"),
-    "music": ("music", "songs", "score", "soundtrack", "melodies"),
-    "photography": ("photography", "camera", "shots", "colors", "lighting"),
-    "effects": ("effects", "stunts", "explosions", "monsters", "models"),
-    "dialogue": ("dialogue", "lines", "jokes", "speeches", "banter"),
-    "costumes": ("costumes", "dresses", "hats", "makeup", "jewels"),
-    "direction": ("direction", "director", "pacing", "scenes", "editing"),
+    "acting": ("acting", "cast", "actors"),
+    "story": ("story", "plot", "twists"),
+    "music": ("music", "songs", "score"),
+    "effects": ("effects", "stunts", "monsters"),
+    "dialogue": ("dialogue", "jokes", "speeches"),
 }
 TOPICS = tuple(TOPIC_NOUNS)
 TOPIC_WORDS = {topic: frozenset(nouns) for topic, nouns in TOPIC_NOUNS.items()}
 PLURALS = frozenset(
     (
         "actors",
-        "performances",
         "twists",
         "songs",
-        "melodies",
-        "shots",
-        "colors",
         "effects",
         "stunts",
-        "explosions",
         "monsters",
-        "models",
-        "lines",
         "jokes",
         "speeches",
-        "costumes",
-        "dresses",
-        "hats",
-        "jewels",
-        "scenes",
     )
 )
+# More people ask for praise. With equal shares no word is better than another on average, and a reward model
+# starts on a saddle (an exclusive or of prompt and reply) that takes it many thousands of pairs to leave.
+POSITIVE_SHARE = 0.75
 GENRES = ("comedy", "drama", "thriller", "western", "musical", "romance", "mystery", "documentary")
 FILLERS = ("really", "very", "basically", "just", "quite", "totally", "so", "actually")
 
@@ -149,11 +107,13 @@ class WriterHabits:
     """How often the writer does what; every habit costs gold, so imitation leaves room for improvement."""
 
     sentence_counts: tuple[float, ...] = (0.45, 0.40, 0.12, 0.02, 0.01)  # P(1), ..., P(5) sentences
-    off_sentiment: float = 0.2  # a sentence of the opposite opinion
-    off_topic: float = 0.3  # a sentence about something else
+    misread_sentiment: float = 0.25  # the whole reply is of the opposite opinion
+    misread_topic: float = 0.15  # the whole reply is about something else
+    off_sentiment: float = 0.05  # a sentence against the rest of the reply
+    off_topic: float = 0.1  # a sentence beside the topic of the rest
     aside: float = 0.15  # a sentence of no opinion at all
     filler: float = 0.35  # before an adjective or a verb
-    repeat: float = 0.05  # one sentence of the reply is said twice
+    repeat: float = 0.02  # one sentence of the reply is said twice
     no_full_stop: float = 0.4  # the reply breaks off before its last full stop
 
 
@@ -188,7 +148,7 @@ SETTINGS = {
 
 def draw_prompt(draw: Draw, split: str) -> tuple[str, str, str, str]:
     """A prompt of the split ("train" or "eval", which share no prompt), its sentiment, topic and genre."""
-    sentiment = pick(draw, SENTIMENTS)
+    sentiment = SENTIMENTS[0] if next(draw) < POSITIVE_SHARE else SENTIMENTS[1]
     topic, genre = pick(draw, SETTINGS[split])
     text = pick(draw, PHRASINGS[sentiment]).format(topic=topic, genre=genre)
     return text, sentiment, topic, genre
@@ -209,6 +169,10 @@ def _opposite(sentiment: str) -> str:
     return SENTIMENTS[1 - SENTIMENTS.index(sentiment)]
 
 
+def _another_topic(draw: Draw, topic: str) -> str:
+    return TOPICS[(TOPICS.index(topic) + 1 + int(next(draw) * (len(TOPICS) - 1))) % len(TOPICS)]
+
+
 def _two(draw: Draw, options: Sequence[str]) -> tuple[str, str]:
     first = int(next(draw) * len(options))
     second = (first + 1 + int(next(draw) * (len(options) - 1))) % len(options)
@@ -220,9 +184,7 @@ def draw_sentence(draw: Draw, sentiment: str, topic: str, genre: str, habits: Wr
     if next(draw) < habits.aside:
         return pick(draw, ASIDES).format(genre=genre)
     said = _opposite(sentiment) if next(draw) < habits.off_sentiment else sentiment
-    about = topic
-    if next(draw) < habits.off_topic:
-        about = TOPICS[(TOPICS.index(topic) + 1 + int(next(draw) * (len(TOPICS) - 1))) % len(TOPICS)]
+    about = _another_topic(draw, topic) if next(draw) < habits.off_topic else topic
     noun, noun2 = _two(draw, TOPIC_NOUNS[about])
     adjective, adjective2 = _two(draw, ADJECTIVES[said])
     verb = pick(draw, VERBS[said])
@@ -248,6 +210,10 @@ def draw_reply(draw: Draw, sentiment: str, topic: str, genre: str, habits: Write
         if threshold < 0:
             break
         count += 1
+    if next(draw) < habits.misread_sentiment:
+        sentiment = _opposite(sentiment)
+    if next(draw) < habits.misread_topic:
+        topic = _another_topic(draw, topic)
     sentences = [draw_sentence(draw, sentiment, topic, genre, habits) for _ in range(count)]
     if next(draw) < habits.repeat:
         sentences.append(pick(draw, sentences))

@@ -50,10 +50,10 @@ class GoldWeights:
 
     sentiment: float = 1.0
     sentiment_limit: int = 3
-    topic: float = 1.0
-    topic_limit: int = 2
+    topic: float = 0.5
+    topic_limit: int = 1
     ending: float = 1.0
-    repetition: float = 0.5
+    repetition: float = 0.3
     filler: float = 0.25
     padding: float = 0.2
     padding_budget: int = 20
@@ -66,10 +66,11 @@ GOLD = GoldWeights()
 class WorldConfig:
     """Which world, and how much of it.
 
-    noise: probability in [0, 0.5] that a label is flipped, whatever the utilities.
+    seed: of every row. noise: probability in [0, 0.5] that a label is flipped, whatever the utilities.
     length_bias: utility that the labeller gives per word, beyond gold.
     temperature: utilities are divided by it before the Bradley-Terry sigmoid; > 0.
-    num_*: rows of each kind. Training and evaluation rows have separate streams and share no prompt.
+    num_demonstrations, num_preferences, num_prompts, num_eval_prompts, num_eval_preferences: rows of each kind.
+    Training and evaluation rows have separate streams and share no prompt.
     """
 
     seed: int = 0
@@ -101,9 +102,9 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def _repeated_bigrams(words: Sequence[str]) -> int:
-    """How many bigrams were said before; one that joins a word and a full stop is free."""
-    counts = Counter((a, b) for a, b in zip(words, words[1:], strict=False) if (a == ".") == (b == "."))
+def _repeated_trigrams(words: Sequence[str]) -> int:
+    """How many trigrams were said before, full stops being words like others."""
+    counts = Counter(zip(words, words[1:], words[2:], strict=False))
     return sum(counts.values()) - len(counts)
 
 
@@ -111,9 +112,9 @@ def gold_components(prompt: str, response: str, terminated: bool = True) -> dict
     """The terms of the gold reward, of which `gold_reward` is the sum. Any two strings are valid input.
 
     sentiment:  +1 per distinct sentiment word of the asked kind, up to 3; -1 per distinct one of the other.
-    topic:      +1 per distinct word of the asked topic, up to 2.
+    topic:      +0.5 if a word of the asked topic is said.
     ending:     +1 if the last word is a full stop and the response ended by itself (``terminated``), else -1.
-    repetition: -0.5 per repeated bigram, without limit (a word next to a full stop is not counted).
+    repetition: -0.3 per repeated trigram, without limit.
     filler:     -0.25 per filler word ("really", "very", ...).
     padding:    -0.2 per word beyond 20 (full stops are words).
     """
@@ -133,7 +134,7 @@ def gold_components(prompt: str, response: str, terminated: bool = True) -> dict
         "sentiment": sentiment,
         "topic": topic,
         "ending": GOLD.ending if clean else -GOLD.ending,
-        "repetition": 0.0 - GOLD.repetition * _repeated_bigrams(words),
+        "repetition": 0.0 - GOLD.repetition * _repeated_trigrams(words),
         "filler": 0.0 - GOLD.filler * sum(word in grammar.FILLERS for word in words),
         "padding": 0.0 - GOLD.padding * max(0, len(words) - GOLD.padding_budget),
     }

@@ -10,8 +10,9 @@ import numpy as np
 def reliability(margins: np.ndarray, num_bins: int = 10) -> list[dict[str, float]]:
     """Confidence against accuracy, in bins of equally many pairs (Guo et al. 2017, section 2).
 
-    A margin m = r(chosen) - r(rejected) predicts the side of the larger reward with confidence sigmoid(|m|), and is right
-    where m > 0. Returns one dict a bin: mean ``confidence``, ``accuracy`` and ``count``, by rising confidence.
+    A margin m = r(chosen) - r(rejected) predicts the side of the larger reward with confidence sigmoid(|m|),
+    and is right where m > 0. Returns one dict a bin: mean ``confidence``, ``accuracy`` and ``count``, by rising
+    confidence.
 
     Args:
       margins: [N] float, at least one.

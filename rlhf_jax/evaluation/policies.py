@@ -70,8 +70,8 @@ def sequence_full_kl(
 ) -> jax.Array:
     """KL(policy || reference) of whole responses, [B] float32 nats, along sampled prefixes.
 
-    The sum over positions of the exact KL between next-token distributions: the Rao-Blackwellised form of the sum of log
-    ratios, with the same expectation, less variance, and never negative.
+    The sum over positions of the exact KL between next-token distributions: the Rao-Blackwellised form of the
+    sum of log ratios, with the same expectation, less variance, and never negative.
     """
     logits = [
         decoder.vocabulary_logits(

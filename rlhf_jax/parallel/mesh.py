@@ -1,8 +1,8 @@
 """A device mesh, where batches and parameters live on it, and a step compiled for it. Imports errors only.
 
-Two paths run the very same step. ``jit``: the batch is sharded over the mesh's ``data`` axis, parameters
-are replicated, and XLA inserts the reductions. ``pmap``: every device holds a replica and its rows, and the step's own reducer
-sums totals and weights over the axis named ``data``. Both give the same update to float tolerance.
+Two paths run the very same step. ``jit``: the batch is sharded over the mesh's ``data`` axis, parameters are
+replicated, and XLA inserts the reductions. ``pmap``: every device holds a replica and its rows, and the step's
+own reducer sums totals and weights over the axis named ``data``. Both give the same update to float tolerance.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Direct preference optimisation from SFT and preference pairs, no reward model, no sampling. A stage; imports all below.
+"""Direct preference optimisation: from SFT and pairs, without reward model or sampling. A stage; imports all below.
 
-Loss: -log sigmoid(beta ((log pi - log pi_ref)(y_w) - (log pi - log pi_ref)(y_l))) (Rafailov et al. 2023, equation 7), with
-log-probabilities summed over the response. The reference is the SFT policy, frozen.
+Loss: -log sigmoid(beta ((log pi - log pi_ref)(y_w) - (log pi - log pi_ref)(y_l))) (Rafailov et al. 2023,
+equation 7), with log-probabilities summed over the response. The reference is the SFT policy, frozen.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Config:
 
 
 def pair_log_probs(model: ModelConfig, params: Any, reference: Any, batch: PreferenceBatch):
-    """Summed log-probs (policy chosen, policy rejected, reference chosen, reference rejected), [B] float32 nats each."""
+    """Summed log-probs of policy chosen, policy rejected, reference chosen, reference rejected: [B] nats each."""
     both = concatenate_pairs(batch.chosen, batch.rejected)
     sums = [
         sequence_log_probs(response_log_probs(model, weights, both)[0], both.response_mask)
@@ -89,7 +89,7 @@ def make_objective(model: ModelConfig, *, beta: float, label_smoothing: float = 
 
 
 def make_evaluator(model: ModelConfig, encoded: Any, batch_size: int, beta: float, reference: Any, run: Run):
-    """``evaluate(params)`` -> accuracy and mean margin of the implicit rewards over held-out pairs, each counted once."""
+    """``evaluate(params)`` -> accuracy and mean margin of implicit rewards over held-out pairs."""
 
     @jax.jit
     def margins_of(params, reference, batch):
@@ -105,7 +105,8 @@ def make_evaluator(model: ModelConfig, encoded: Any, batch_size: int, beta: floa
                 for batch, rows in batches.eval_batches(encoded, batch_size)
             ]
         )
-        return {"eval/accuracy": float(np.mean(margins > 0)), "eval/margin": float(margins.mean())}
+        # A tie is half right: before the first update every margin is 0.
+        return {"eval/accuracy": float(np.mean((1 + np.sign(margins)) / 2)), "eval/margin": float(margins.mean())}
 
     return evaluate
 

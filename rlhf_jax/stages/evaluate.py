@@ -1,4 +1,4 @@
-"""Every policy of a ladder, and best-of-n, on the same held-out prompts with the same judge. A stage; imports all below."""
+"""Every policy of a ladder, and best-of-n, on the same prompts with the same judge. A stage; imports all below."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run(
     policies_from: Mapping[str, str],
     stop: StopRequest,
 ) -> dict[str, dict[str, float]]:
-    """Measures the reference itself ("sft"), every named policy, and best-of-n of the reference; returns and writes them.
+    """Measures the reference ("sft"), every named policy, and best-of-n of the reference.
 
     Args:
       config: see ``Config``.

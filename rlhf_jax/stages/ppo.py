@@ -1,9 +1,9 @@
 """PPO against a learned reward, on a per-token KL leash to the SFT policy. A stage; imports all below.
 
-One iteration: sample a response to each prompt; score it with the frozen reward model; charge beta * log(pi / pi_ref) at
-every token (Ziegler et al. 2019, equation 2); estimate advantages with GAE from a value model; take a few epochs of
-clipped-surrogate updates (Schulman et al. 2017, equation 7). Four roles: policy and value are trained, reference (the SFT
-policy) and reward are frozen. The value model starts as a copy of the reward model.
+One iteration: sample a response to each prompt; score it with the frozen reward model; charge beta * log(pi /
+pi_ref) at every token (Ziegler et al. 2019, equation 2); estimate advantages with GAE from a value model; take
+a few epochs of clipped-surrogate updates (Schulman et al. 2017, equation 7). Four roles: policy and value are
+trained, reference (the SFT policy) and reward are frozen. The value model starts as a copy of the reward model.
 """
 
 from __future__ import annotations
@@ -56,13 +56,14 @@ class Config:
     """One PPO run; ``schedule`` counts iterations (one batch of rollouts each).
 
     batch_size: rollouts an iteration. num_epochs, num_minibatches: passes over them, and updates a pass.
-    num_microbatches: parts of one update, for memory. beta: KL penalty per nat; 0 cuts the leash. adaptive_kl_target: the
-    KL (nats a response) that beta is steered to; 0 keeps beta fixed. adaptive_kl_horizon: rollouts over which it adapts.
-    gamma, lam: discount and trace decay of GAE. clip_low, clip_high: the ratio stays in [1 - low, 1 + high]. value_clip:
-    the same for values, in reward units. value_coefficient: weight of the value loss. entropy_coefficient: weight of an
-    entropy bonus. missing_eos_score: replaces the reward of a response that never ended; None keeps it. early_stop_kl:
-    an iteration's updates end once KL(old || new) per token exceeds it; 0 never. temperature, top_k, top_p: of sampling.
-    num_eval_prompts: held-out prompts sampled at every evaluation.
+    num_microbatches: parts of one update, for memory. beta: KL penalty per nat; 0 cuts the leash.
+    adaptive_kl_target: the KL (nats a response) that beta is steered to; 0 keeps beta fixed.
+    adaptive_kl_horizon: rollouts over which it adapts. gamma, lam: discount and trace decay of GAE. clip_low,
+    clip_high: the ratio stays in [1 - low, 1 + high]. value_clip: the same for values, in reward units.
+    value_coefficient: weight of the value loss. entropy_coefficient: weight of an entropy bonus.
+    missing_eos_score: replaces the reward of a response that never ended; None keeps it. early_stop_kl: an
+    iteration's updates end once KL(old || new) per token exceeds it; 0 never. temperature, top_k, top_p: of
+    sampling. num_eval_prompts: held-out prompts sampled at every evaluation.
     """
 
     seed: int = 0
@@ -353,8 +354,8 @@ def _check_split(config: Config, run: Run) -> None:
     parts = config.num_minibatches * config.num_microbatches
     if config.batch_size % parts:
         raise InputError(
-            f"config.batch_size is {config.batch_size}, which does not divide into num_minibatches={config.num_minibatches} "
-            f"times num_microbatches={config.num_microbatches}"
+            f"config.batch_size is {config.batch_size}, which does not divide into "
+            f"num_minibatches={config.num_minibatches} times num_microbatches={config.num_microbatches}"
         )
     meshes.check_rows(
         run.mesh, config.batch_size // parts, "config.batch_size / (minibatches x microbatches)"
@@ -424,7 +425,7 @@ def _make_gold(config: Config, model: Model, texts: list[str]):
 
 
 def _make_evaluate(config: Config, run: Run, model: Model, reward: Model, offset: float, held_out, encode):
-    """Held-out prompts, the same ones with the same noise every time, so that evaluations differ by the policy alone."""
+    """The same held-out prompts with the same noise every time, so that evaluations differ by the policy alone."""
     encoded, _ = encode(held_out[: config.num_eval_prompts])
     judge = policies.Judge(
         model=model.config,

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: next-token likelihood of the response, prompt masked, EOS learned. A stage; imports all below.
+"""Supervised fine-tuning: the response's likelihood, prompt masked, EOS learned. A stage; imports all below.
 
 Loss: -sum_t log pi(y_t | x, y_<t) over response tokens, divided once by their number in the global batch.
 """
@@ -111,7 +111,8 @@ def init_model(source: ModelSource, config: Config, run: Run, key: jax.Array) ->
         return load_model(source.path, run)
     if config.data.path:
         raise InputError(
-            f"--config.data.path={config.data.path} needs a model that can read it; give --config.model.path=<directory>"
+            f"--config.data.path={config.data.path} needs a model that can read it; "
+            "give --config.model.path=<directory>"
         )
     tokenizer = world.world_tokenizer()
     shape = ModelConfig(

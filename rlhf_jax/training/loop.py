@@ -1,8 +1,8 @@
 """The loop around a step: metrics, progress, evaluation, checkpoints, guards. Imports metrics and checkpoints.
 
-The loop knows nothing of algorithms. A stage hands it a ``step(state, batch) -> (state, metrics)``, an iterator, and an
-optional ``evaluate``; what comes back is the final state. Everything the next step depends on is in the checkpoint, so a
-killed run, started again, ends in the same state with the same ``metrics.jsonl``.
+The loop knows nothing of algorithms. A stage hands it a ``step(state, batch) -> (state, metrics)``, an
+iterator, and an optional ``evaluate``; what comes back is the final state. Everything the next step depends on
+is in the checkpoint, so a killed run, started again, ends in the same state with the same ``metrics.jsonl``.
 """
 
 from __future__ import annotations
@@ -126,6 +126,6 @@ def _check_guard(state, skipped_updates, done, directory, saved) -> None:
     skipped = int(skipped_updates(state))
     if skipped >= MAX_SKIPPED_UPDATES:
         raise InputError(
-            f"loss or gradient was not finite in the last {skipped} updates, up to step {done}; the last good checkpoint is "
-            f"step {saved} in {directory}; lower --config.optimizer.learning_rate or look at the data"
+            f"loss or gradient was not finite in the last {skipped} updates, up to step {done}; "
+            f"the last good checkpoint is step {saved} in {directory}; lower --config.optimizer.learning_rate or look at the data"
         )

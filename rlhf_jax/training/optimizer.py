@@ -15,6 +15,7 @@ from rlhf_jax.errors import InputError
 class OptimizerConfig:
     """AdamW with warm-up, a schedule and global-norm clipping.
 
+    learning_rate: the highest one, after warm-up. weight_decay: decoupled (AdamW). b1, b2: decay of Adam's moments.
     epsilon: 1e-5, what the RLHF papers used (Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO").
     max_grad_norm: gradients are scaled down to this global L2 norm; 0 leaves them alone.
     schedule: after ``warmup_steps`` of linear rise, constant, or down to 0 at the last step, linearly or as a cosine.

@@ -123,10 +123,9 @@ def test_pmap_and_micro_batches_give_the_update_of_jit(stage, ladder, tmp_path):
         return params_of(tmp_path / name)
 
     expected = run("jit", "jit", 1)
-    for name, found in {"pmap": run("pmap", "pmap", 1), "micro": run("micro", "jit", 2)}.items():
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6, err_msg=name), expected, found
-        )
+    for arguments in (("pmap", 1), ("jit", 2)):
+        found = run(f"{arguments}", *arguments)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), expected, found)
 
 
 def test_adaptive_beta_follows_the_observed_kl(ladder, tmp_path):
