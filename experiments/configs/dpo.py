@@ -1,8 +1,12 @@
-"""TODO"""
+"""The quickstart's dpo stage by itself; time and expected numbers are those of quickstart.py.
 
+Command: python -m experiments.dpo --workdir=runs/dpo --init_from=runs/sft
+"""
+
+from experiments import ladder
+from experiments.configs import quickstart
 from experiments.launch import to_config_dict
-from rlhf_jax.stages import dpo
 
 
 def get_config():
-    return to_config_dict(dpo.Config())
+    return to_config_dict(ladder.stage_configs(quickstart.get_config().to_dict())["dpo"])

@@ -16,10 +16,10 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 
 def get_config():
     world = WorldConfig(
-        length_bias=0.3,
+        length_bias=0.15,
         num_demonstrations=32768,
         num_preferences=32768,
-        num_eval_preferences=4096,
+        num_eval_preferences=8192,
         num_eval_prompts=512,
     )
     config = ml_collections.ConfigDict({"seed": 0})
@@ -34,27 +34,31 @@ def get_config():
     config.reward_model = own_fields(
         reward_model.Config(
             optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, b2=0.99),
-            schedule=Schedule(num_steps=500, eval_every=100, save_every=250),
+            schedule=Schedule(num_steps=700, eval_every=350, save_every=350),
         )
     )
     config.dpo = own_fields(
         dpo.Config(
-            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20, b2=0.99),
+            optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=20, b2=0.99),
             schedule=Schedule(num_steps=200, eval_every=50, save_every=100),
-            beta=0.3,
+            beta=0.1,
         )
     )
-    config.ppo = own_fields(leashed(num_steps=80, beta=0.3))
-    config.ppo_no_leash = own_fields(leashed(num_steps=120, beta=0.0))
+    config.ppo = own_fields(leashed(num_steps=50, eval_every=5, beta=0.3))
+    config.ppo_no_leash = own_fields(leashed(num_steps=40, eval_every=2, beta=0.0))
     config.evaluate = own_fields(evaluate.Config())
     return config
 
 
-def leashed(*, num_steps: int, beta: float) -> ppo.Config:
+def leashed(*, num_steps: int, eval_every: int, beta: float) -> ppo.Config:
     """PPO on a leash of strength ``beta``; both runs differ in nothing else but their length."""
     return ppo.Config(
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant", b2=0.99),
-        schedule=Schedule(num_steps=num_steps, eval_every=5, save_every=40),
-        num_epochs=2,
+        schedule=Schedule(num_steps=num_steps, eval_every=eval_every, save_every=20),
+        num_epochs=4,
+        num_minibatches=2,
         beta=beta,
+        lam=1.0,
+        value_clip=5.0,
+        value_coefficient=0.5,
     )

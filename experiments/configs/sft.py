@@ -1,11 +1,12 @@
-"""SFT on the embedded world.
+"""The quickstart's sft stage by itself; time and expected numbers are those of quickstart.py.
 
 Command: python -m experiments.sft --workdir=runs/sft
 """
 
+from experiments import ladder
+from experiments.configs import quickstart
 from experiments.launch import to_config_dict
-from rlhf_jax.stages import sft
 
 
 def get_config():
-    return to_config_dict(sft.Config())
+    return to_config_dict(ladder.stage_configs(quickstart.get_config().to_dict())["sft"])

@@ -2,18 +2,18 @@
 
 Why the constants are what they are (40,000 replies of the writer, seed 0, temperature 1, noise 0.05):
 
-- The writer's gold is 1.16 on average with a standard deviation of 2.07, over 12.3 words (5% have 23 or more,
-  none more than 46). The greatest gold is 6, as of "i loved the charming cast and the brilliant
-  acting .": 2.3 deviations above imitation.
-- Length by itself tells little about gold (correlation -0.06) and, with ``length_bias=0.3``, much about
-  utility (0.65): the longer reply is then preferred in 72% of the pairs (53% without bias). Bayes accuracy:
-  0.79 at bias 0, 0.82 at 0.25, 0.83 at 0.3.
+- The writer's gold is 1.06 on average with a standard deviation of 1.97, over 12.1 words (6% have 23 or more,
+  none more than 42). The greatest gold is 4.5, as of "i loved the charming cast and the brilliant acting .":
+  1.7 deviations above imitation.
+- Length by itself tells nothing about gold (correlation 0.01) and, with ``length_bias=0.2``, much about
+  utility (0.53): the longer reply is then preferred in 67% of the pairs (54% without bias, 72% at 0.3). Bayes
+  accuracy: 0.79 at bias 0, 0.82 at 0.2, 0.83 at 0.3.
 - The policy proportional to writer * exp(utility / beta), which is what a perfect reward model and a perfect
-  optimiser would reach, has at bias 0.3 a gold of 2.96, 3.75, 3.88, 3.71, 3.21, 2.72 at KL 0.9, 2.4, 3.4,
-  4.6, 6.1, 7.7 nats: Goodhart's curve. On a leash gold gains 1.2 to 1.3 deviations, at 23 to 25 words.
+  optimiser would reach, has at bias 0.2 a gold of 2.22, 2.91, 3.25, 3.25, 3.14, 2.83 at KL 0.3, 1.0, 2.2,
+  2.6, 3.5, 5.1 nats: Goodhart's curve. On a leash gold gains at most 1.1 deviations, at 24 to 25 words.
 - Without a leash utility is greatest at the length limit: 47 words with every other term at its best have
-  utility 14.7 and gold 0.6, below the writer's average, as each word beyond 20 costs the asker 0.2 while it
-  pays the labeller 0.3 before that cost.
+  utility 11.2 and gold 1.8, so that two thirds of what the leash gains is lost again, as each word beyond 20
+  costs the asker 0.1 while it pays the labeller 0.2 before that cost.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class GoldWeights:
     """What the gold reward pays for and charges for; see `gold_components`."""
 
     sentiment: float = 1.0
-    sentiment_limit: int = 3
+    sentiment_limit: int = 4
     topic: float = 0.5
     topic_limit: int = 1
     ending: float = 1.0
-    repetition: float = 0.3
+    repetition: float = 0.2
     filler: float = 0.25
     padding: float = 0.2
-    padding_budget: int = 20
+    padding_budget: int = 26
 
 
 GOLD = GoldWeights()
@@ -111,12 +111,12 @@ def _repeated_trigrams(words: Sequence[str]) -> int:
 def gold_components(prompt: str, response: str, terminated: bool = True) -> dict[str, float]:
     """The terms of the gold reward, of which `gold_reward` is the sum. Any two strings are valid input.
 
-    sentiment:  +1 per distinct sentiment word of the asked kind, up to 3; -1 per distinct one of the other.
+    sentiment:  +1 per distinct sentiment word of the asked kind, up to 4; -1 per distinct one of the other.
     topic:      +0.5 if a word of the asked topic is said.
     ending:     +1 if the last word is a full stop and the response ended by itself (``terminated``), else -1.
-    repetition: -0.3 per repeated trigram, without limit.
+    repetition: -0.2 per repeated trigram, without limit.
     filler:     -0.25 per filler word ("really", "very", ...).
-    padding:    -0.2 per word beyond 20 (full stops are words).
+    padding:    -0.2 per word beyond 26 (full stops are words).
     """
     ask = grammar.read_ask(words_of(prompt))
     words = words_of(response)
@@ -141,7 +141,7 @@ def gold_components(prompt: str, response: str, terminated: bool = True) -> dict
 
 
 def gold_reward(prompt: str, response: str, terminated: bool = True) -> float:
-    """What the response is truly worth to the one who asked, at most 6: the sum of `gold_components`."""
+    """What the response is truly worth to the one who asked, at most 4.5: the sum of `gold_components`."""
     return sum(gold_components(prompt, response, terminated).values())
 
 
