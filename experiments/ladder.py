@@ -45,6 +45,9 @@ def stage_configs(config: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(config) - set(SHARED) - set(STAGES))
     if unknown:
         raise InputError(f"config.{unknown[0]} does not exist; a ladder has {', '.join(SHARED + STAGES)}")
+    missing = [name for name in SHARED + STAGES if name not in config]
+    if missing:
+        raise InputError(f"config.{missing[0]} is missing; a ladder has {', '.join(SHARED + STAGES)}")
     built = {}
     for stage, cls in _CONFIGS.items():
         shared = {name: config[name] for name in SHARED if name in cls.__dataclass_fields__}

@@ -223,7 +223,17 @@ def _overview_course(axes: Axes, traces, ladder: Ladder, looks: Mapping[str, Loo
         fontsize=17,
         pad=14,
     )
-    axes.legend(handles, labels, fontsize=13, labelcolor=INK, loc="best", frameon=False)
+    # Below the axes: curves can be anywhere inside.
+    axes.legend(
+        handles,
+        labels,
+        fontsize=13,
+        labelcolor=INK,
+        loc="upper left",
+        bbox_to_anchor=(0, -0.16),
+        ncols=2,
+        frameon=False,
+    )
 
 
 def _overview_bars(axes: Axes, ladder: Ladder, looks: Mapping[str, Look], quantity: str) -> None:
