@@ -124,7 +124,11 @@ def find_damage(directory: pathlib.Path, digest_path: pathlib.Path) -> str | Non
     """What is wrong with the files of ``directory``, or None; without digests (killed too early) nothing is known."""
     if not digest_path.exists():
         return None
-    for name, digest in json.loads(digest_path.read_text()).items():
+    try:
+        digests = json.loads(digest_path.read_text())
+    except ValueError:
+        return f"{digest_path.name} is not JSON"
+    for name, digest in digests.items():
         file = directory / name
         if not file.exists():
             return f"{name} is missing"
@@ -195,7 +199,13 @@ def load_handoff(workdir: str | pathlib.Path) -> tuple[Handoff, pathlib.Path]:
         raise InputError(
             f"the hand-off {path} is damaged ({damage}); run that stage again in a fresh workdir"
         )
-    return Handoff(**json.loads((path / "handoff.json").read_text())), path
+    try:
+        return Handoff(**json.loads((path / "handoff.json").read_text())), path
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{path / 'handoff.json'} is not the description of a hand-off ({error}); run that stage again in a fresh "
+            "workdir"
+        ) from error
 
 
 def restore_params(path: pathlib.Path, sharding: jax.sharding.Sharding | None = None) -> Any:

@@ -68,7 +68,8 @@ class Accumulator:
     def add(self, metrics: Metrics) -> None:
         for name, metric in jax.device_get(dict(metrics)).items():
             if isinstance(metric, Maximum):
-                self.maxima[name] = max(self.maxima.get(name, -np.inf), float(metric.value))
+                # np.maximum and not max, which would hide a NaN.
+                self.maxima[name] = float(np.maximum(self.maxima.get(name, -np.inf), metric.value))
             else:
                 total, weight = self.sums.get(name, (0.0, 0.0))
                 self.sums[name] = [total + float(metric.total), weight + float(metric.weight)]

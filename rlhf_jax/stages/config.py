@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -17,8 +18,10 @@ def from_dict(cls: type[T], values: Mapping[str, Any], prefix: str = "config") -
     """Builds the dataclass ``cls`` (nested ones too) from nested mappings; missing fields take their defaults.
 
     Raises:
-      InputError: an unknown field, or a value of the wrong type; the message names the field.
+      InputError: an unknown field, or a value of the wrong type or out of range; the message names the field.
     """
+    if not isinstance(values, Mapping):
+        raise InputError(f"{prefix} is {values!r}; set its fields, {prefix}.<field>=<value>")
     hints = typing.get_type_hints(cls)
     fields = {field.name for field in dataclasses.fields(cls)}
     for name in values:
@@ -27,7 +30,10 @@ def from_dict(cls: type[T], values: Mapping[str, Any], prefix: str = "config") -
                 f"{prefix}.{name} does not exist; {cls.__name__} has {', '.join(sorted(fields))}"
             )
     built = {name: _convert(hints[name], value, f"{prefix}.{name}") for name, value in values.items()}
-    return cls(**built)
+    try:
+        return cls(**built)
+    except InputError as error:
+        raise InputError(f"{prefix}: {error}") from None
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
@@ -44,7 +50,9 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         if value is None and type(None) in options:
             return None
         return _convert(next(option for option in options if option is not type(None)), value, name)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise InputError(f"{name} is {value}; it must be a finite number")
         return float(value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise InputError(f"{name} is {value!r}; it must be of type {hint.__name__}")

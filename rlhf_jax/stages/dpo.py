@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.data import batches
+from rlhf_jax.errors import check_range
 from rlhf_jax.losses import dpo_loss, implicit_rewards, sequence_log_probs
 from rlhf_jax.masking import WeightedSum
 from rlhf_jax.metrics import mean_of
@@ -53,6 +54,11 @@ class Config:
     num_microbatches: int = 1
     beta: float = 0.1
     label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "batch_size", "num_microbatches", at_least=1)
+        check_range(self, "beta", above=0)
+        check_range(self, "label_smoothing", at_least=0, below=0.5)
 
 
 def pair_log_probs(model: ModelConfig, params: Any, reference: Any, batch: PreferenceBatch):
@@ -106,7 +112,10 @@ def make_evaluator(model: ModelConfig, encoded: Any, batch_size: int, beta: floa
             ]
         )
         # A tie is half right: before the first update every margin is 0.
-        return {"eval/accuracy": float(np.mean((1 + np.sign(margins)) / 2)), "eval/margin": float(margins.mean())}
+        return {
+            "eval/accuracy": float(np.mean((1 + np.sign(margins)) / 2)),
+            "eval/margin": float(margins.mean()),
+        }
 
     return evaluate
 

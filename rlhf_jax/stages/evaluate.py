@@ -10,12 +10,18 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from rlhf_jax.data import batches
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import check_range
 from rlhf_jax.evaluation import policies
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.stages import inputs
-from rlhf_jax.stages.run_directory import check_same_family, load_model, open_run, write_data_report
+from rlhf_jax.stages.run_directory import (
+    check_same_family,
+    check_scores,
+    load_model,
+    open_run,
+    write_data_report,
+)
 from rlhf_jax.stages.supervised import EVALUATION_PURPOSE
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 
@@ -38,6 +44,10 @@ class Config:
     best_of: int = 16
     temperature: float = 1.0
     num_shown: int = 6
+
+    def __post_init__(self) -> None:
+        check_range(self, "num_prompts", "batch_size", at_least=1)
+        check_range(self, "best_of", "num_shown", at_least=0)
 
 
 def run(
@@ -64,16 +74,15 @@ def run(
     meshes.check_rows(run_.mesh, config.batch_size, "config.batch_size")
     reference, reward = load_model(reference_from, run_), load_model(reward_from, run_)
     check_same_family(reference, reward)
-    prompts = inputs.load_prompts(config.data).held_out[: config.num_prompts]
-    if not prompts:
-        raise InputError("there are no held-out prompts; raise config.data.held_out_fraction")
+    check_scores(reward)
+    split = inputs.load_prompts(config.data)
     encoded, report = batches.encode_prompts(
-        prompts,
+        split.held_out[: config.num_prompts],
         reference.tokenizer,
         prompt_length=config.data.prompt_length,
         truncation=config.data.truncation,
     )
-    write_data_report(run_, (), prompts=report)
+    write_data_report(run_, split.left_out, prompts=report)
     judge = policies.Judge(
         model=reference.config,
         reference={"decoder": reference.params["decoder"]},

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from rlhf_jax.data import readers, world
 from rlhf_jax.data.rows import Demonstration, Preference, Prompt
+from rlhf_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,11 +45,22 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
-    """Training and held-out rows, and what was left out on request: (source, reason) each."""
+    """Training and held-out rows, and what was left out on request: (source, reason) each.
+
+    Raises:
+      InputError: either is empty; every stage trains on the one and is judged by the other.
+    """
 
     train: Sequence
     held_out: Sequence
     left_out: Sequence[tuple[str, str]] = ()
+
+    def __post_init__(self) -> None:
+        if not self.train or not self.held_out:
+            raise InputError(
+                f"the data gives {len(self.train)} rows to train on and {len(self.held_out)} held out for evaluation: "
+                "raise --config.data.held_out_fraction (of a file) or the counts of --config.data.world"
+            )
 
 
 def load_demonstrations(config: DataConfig) -> Split:

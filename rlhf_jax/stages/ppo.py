@@ -20,7 +20,7 @@ import numpy as np
 from rlhf_jax import losses, masking
 from rlhf_jax.data import batches
 from rlhf_jax.data import tokenizer as tokenizers
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.evaluation import policies
 from rlhf_jax.masking import WeightedSum
 from rlhf_jax.metrics import Maximum, mean_of, merge
@@ -35,6 +35,7 @@ from rlhf_jax.stages.run_directory import (
     Run,
     check_context,
     check_same_family,
+    check_scores,
     leave_handoff,
     load_model,
     open_run,
@@ -90,6 +91,14 @@ class Config:
     top_k: int = 0
     top_p: float = 1.0
     num_eval_prompts: int = 256
+
+    def __post_init__(self) -> None:
+        counts = ("batch_size", "num_epochs", "num_minibatches", "num_microbatches", "num_eval_prompts")
+        check_range(self, *counts, "adaptive_kl_horizon", at_least=1)
+        check_range(self, "beta", "adaptive_kl_target", "early_stop_kl", "value_coefficient", at_least=0)
+        check_range(self, "gamma", "lam", "clip_low", at_least=0, at_most=1)
+        check_range(self, "clip_high", at_least=0)
+        check_range(self, "value_clip", above=0)
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -282,21 +291,19 @@ def run(
     _check_split(config, run_)
     model, reward = load_model(init_from, run_), load_model(reward_from, run_)
     check_same_family(model, reward)
-    if "head" not in reward.params:
-        raise InputError(
-            f"--reward_from={reward_from} has no reward head; give a run of experiments.reward_model"
-        )
+    check_scores(reward)
     for role in (model, reward):
         check_context(role, config.data.prompt_length + config.data.response_length)
     split = inputs.load_prompts(config.data)
     encode = lambda rows: batches.encode_prompts(rows, model.tokenizer, **_prompt_widths(config.data))  # noqa: E731
     encoded, report = encode(split.train)
-    write_data_report(run_, split.left_out, train=report)
+    held_out, held_out_report = encode(split.held_out[: config.num_eval_prompts])
+    write_data_report(run_, split.left_out, train=report, held_out=held_out_report)
     texts = [prompt.row.prompt for prompt in encoded.rows]
 
     offset = float(reward.facts["reward_offset"])
     frozen = {"reference": {"decoder": model.params["decoder"]}, "reward": reward.params}
-    evaluate = _make_evaluate(config, run_, model, reward, offset, split.held_out, encode)
+    evaluate = _make_evaluate(config, run_, model, reward, offset, held_out)
     optimizer = make_optimizer(
         config.optimizer, config.schedule.num_steps * config.num_epochs * config.num_minibatches
     )
@@ -424,9 +431,10 @@ def _make_gold(config: Config, model: Model, texts: list[str]):
     return measure
 
 
-def _make_evaluate(config: Config, run: Run, model: Model, reward: Model, offset: float, held_out, encode):
+def _make_evaluate(
+    config: Config, run: Run, model: Model, reward: Model, offset: float, held_out: batches.Encoded
+):
     """The same held-out prompts with the same noise every time, so that evaluations differ by the policy alone."""
-    encoded, _ = encode(held_out[: config.num_eval_prompts])
     judge = policies.Judge(
         model=model.config,
         reference={"decoder": model.params["decoder"]},
@@ -440,7 +448,7 @@ def _make_evaluate(config: Config, run: Run, model: Model, reward: Model, offset
     key = jax.random.fold_in(jax.random.key(config.seed), EVALUATION_PURPOSE)
 
     def evaluate(state: PPOState) -> dict[str, float]:
-        found = policies.summarize(sample(state.train.params["policy"], encoded, key))
+        found = policies.summarize(sample(state.train.params["policy"], held_out, key))
         return {f"eval/{name}": value for name, value in found.items()}
 
     return evaluate

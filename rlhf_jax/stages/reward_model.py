@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.data import batches, readers, world
+from rlhf_jax.errors import check_range
 from rlhf_jax.evaluation import calibration
 from rlhf_jax.losses import bradley_terry_loss
 from rlhf_jax.masking import WeightedSum
@@ -62,6 +63,11 @@ class Config:
     margin: float = 0.0
     label_smoothing: float = 0.0
     centering: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "batch_size", "num_microbatches", at_least=1)
+        check_range(self, "label_smoothing", at_least=0, below=0.5)
+        check_range(self, "centering", at_least=0)
 
 
 def make_objective(

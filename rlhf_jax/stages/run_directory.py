@@ -79,22 +79,42 @@ def open_run(
         "inputs": {name: str(pathlib.Path(path).absolute()) for name, path in inputs.items()},
     }
     path = workdir / "config.json"
-    if path.exists():
-        found = differences(json.loads(path.read_text()), description)
-        if found:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        found = differences(_description(path), description) if path.exists() else []
+        # A run that was refused before it trained has nothing to lose: its config may be mended in place.
+        if found and any((workdir / name).exists() for name in _RESULTS):
             raise InputError(
                 f"workdir {workdir} belongs to a run with another config ({'; '.join(found)}); "
                 "give another --workdir, or the config it was started with"
             )
-    else:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(description, indent=1))
-        except OSError as error:
-            raise InputError(
-                f"cannot write to workdir {workdir}: {error.strerror}; give a writable one"
-            ) from error
+        partial = path.with_name("config.json.partial")
+        partial.write_text(json.dumps(description, indent=1))
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(
+            f"cannot write to workdir {workdir}: {error.strerror}; give a writable one"
+        ) from error
     return Run(workdir=workdir, stage=stage, mesh=meshes.data_mesh(), parallelism=parallelism, stop=stop)
+
+
+# What there is to lose in a run's directory.
+_RESULTS = ("checkpoints", "handoff", "summary.json")
+
+
+def _description(path: pathlib.Path) -> dict[str, Any]:
+    """What ``config.json`` of a run's directory says.
+
+    Raises:
+      InputError: it is no run's, as in a Hugging Face directory.
+    """
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); give another --workdir, or restore it") from None
+    if not isinstance(description, dict) or "stage" not in description:
+        raise InputError(f"{path} is not of a run of this project; give a new or an empty --workdir")
+    return description
 
 
 def load_model(path: str, run: Run) -> Model:
@@ -142,6 +162,18 @@ def check_same_family(first: Model, second: Model, *, architecture: bool = False
     found = differences(first.config.to_dict(), second.config.to_dict()) if architecture else []
     if found:
         raise InputError(f"the models of {first.origin} and {second.origin} differ ({'; '.join(found)})")
+
+
+def check_scores(model: Model) -> None:
+    """Refuses a model that is no reward model.
+
+    Raises:
+      InputError: names its directory.
+    """
+    if "head" not in model.params:
+        raise InputError(
+            f"--reward_from={model.origin} has no reward head; give a run of experiments.reward_model"
+        )
 
 
 def check_context(model: Model, needed: int) -> None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import masking
 from rlhf_jax.data import batches, world
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.masking import WeightedSum
 from rlhf_jax.metrics import Accumulator
 from rlhf_jax.models import decoder
@@ -55,6 +55,9 @@ class ModelSource:
     num_kv_heads: int = 2
     mlp_width: int = 176
 
+    def __post_init__(self) -> None:
+        check_range(self, "width", "num_layers", "num_heads", "num_kv_heads", "mlp_width", at_least=1)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -67,6 +70,9 @@ class Config:
     schedule: Schedule = dataclasses.field(default_factory=lambda: Schedule(num_steps=300))
     batch_size: int = 64
     num_microbatches: int = 1
+
+    def __post_init__(self) -> None:
+        check_range(self, "batch_size", "num_microbatches", at_least=1)
 
 
 def make_objective(model: ModelConfig):

@@ -16,7 +16,7 @@ import grain
 import jax
 
 from rlhf_jax.checkpoints import Checkpoints
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.metrics import Accumulator, Metrics, MetricsWriter
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 
@@ -38,9 +38,8 @@ class Schedule:
     eval_every: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"schedule.{name} is {getattr(self, name)}; it must be at least 1")
+        check_range(self, "num_steps", "log_every", "save_every", at_least=1)
+        check_range(self, "eval_every", at_least=0)
 
 
 def fit(
@@ -125,7 +124,8 @@ def _check_guard(state, skipped_updates, done, directory, saved) -> None:
         return
     skipped = int(skipped_updates(state))
     if skipped >= MAX_SKIPPED_UPDATES:
+        kept = "no checkpoint was saved yet" if saved is None else f"step {saved} is saved in {directory}"
         raise InputError(
-            f"loss or gradient was not finite in the last {skipped} updates, up to step {done}; "
-            f"the last good checkpoint is step {saved} in {directory}; lower --config.optimizer.learning_rate or look at the data"
+            f"loss or gradient was not finite in the last {skipped} updates, up to step {done}; {kept}; "
+            "lower --config.optimizer.learning_rate or look at the data"
         )

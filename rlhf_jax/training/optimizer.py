@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import optax
 
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, check_range
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,11 @@ class OptimizerConfig:
     b2: float = 0.95
     epsilon: float = 1e-5
     max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", at_least=0)
+        check_range(self, "b1", "b2", at_least=0, below=1)
+        check_range(self, "epsilon", above=0)
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_updates: int) -> optax.Schedule:
@@ -57,6 +62,12 @@ def make_optimizer(config: OptimizerConfig, num_updates: int) -> optax.GradientT
         b2=config.b2,
         eps=config.epsilon,
         weight_decay=config.weight_decay,
-        mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
+        mask=lambda params: jax.tree_util.tree_map_with_path(_is_matrix, params),
     )
     return optax.chain(clip, adam)
+
+
+def _is_matrix(path: tuple, leaf: jax.Array) -> bool:
+    # Below "layers" axis 0 is the layer: the norm scales of all layers are [L, D], and vectors still.
+    stacked = any(getattr(key, "key", None) == "layers" for key in path)
+    return leaf.ndim - stacked >= 2

@@ -228,4 +228,4 @@ def test_a_policy_is_no_reward_model(ladder, tmp_path):
         ppo.run(PPO, tmp_path, init_from=ladder.sft, reward_from=ladder.sft, stop=STOP)
 
 
-WORLD_VOCABULARY = 178
+WORLD_VOCABULARY = 135

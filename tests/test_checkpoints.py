@@ -1,0 +1,177 @@
+"""Checkpoints come back exactly or are named as damaged; a hand-off appears whole or not at all."""
+
+import hashlib
+import json
+import os
+import pathlib
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import checkpoints
+from rlhf_jax.checkpoints import Checkpoints, Handoff, find_damage
+from rlhf_jax.errors import InputError
+from rlhf_jax.parallel import mesh as meshes
+
+
+def numbers() -> grain.DatasetIterator:
+    dataset = grain.MapDataset.range(10).seed(3).shuffle().repeat(5).batch(3)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def state_of(value: float):
+    return {"w": jnp.full((4, 3), value), "step": jnp.int32(value), "key": jax.random.key(int(value))}
+
+
+def save_steps(workdir: pathlib.Path, steps) -> list[np.ndarray]:
+    """Saves at the given steps, one batch a step; returns the batches of all steps and of one more."""
+    saver, iterator, seen = Checkpoints(workdir), numbers(), []
+    for step in range(1, max(steps) + 1):
+        seen.append(next(iterator))
+        if step in steps:
+            saver.save(step, state_of(step), iterator, {"pending": {"sums": {"x": [0.1, step]}}})
+    saver.close()
+    return [*seen, next(iterator)]
+
+
+def restore(workdir: pathlib.Path):
+    """(step, state, host, the next batch), or None."""
+    saver, iterator = Checkpoints(workdir), numbers()
+    try:
+        found = saver.restore_newest(state_of(0), iterator)
+    finally:
+        saver.close()
+    return found and (*found, next(iterator))
+
+
+def sha256_of_files(directory: pathlib.Path) -> dict[str, str]:
+    return {
+        os.path.relpath(os.path.join(folder, name), directory): hashlib.sha256(
+            pathlib.Path(folder, name).read_bytes()
+        ).hexdigest()
+        for folder, _, names in os.walk(directory)
+        for name in names
+    }
+
+
+def test_the_newest_bundle_comes_back_exactly_and_old_ones_go(tmp_path):
+    assert restore(tmp_path) is None
+    batches = save_steps(tmp_path, [1, 2, 4])
+    step, state, host, batch = restore(tmp_path)
+    assert step == 4
+    np.testing.assert_array_equal(state["w"], np.full((4, 3), 4, np.float32))
+    assert jax.random.key_data(state["key"]).tolist() == jax.random.key_data(jax.random.key(4)).tolist()
+    assert host == {"pending": {"sums": {"x": [0.1, 4]}}}
+    np.testing.assert_array_equal(batch, batches[4])
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["2", "2.sha256.json", "4", "4.sha256.json"]
+    for step in ("2", "4"):
+        digests = json.loads((tmp_path / "checkpoints" / f"{step}.sha256.json").read_text())
+        assert digests == sha256_of_files(tmp_path / "checkpoints" / step)
+
+
+@pytest.mark.parametrize("damage", ["cut", "digests", "no digests, cut"])
+def test_a_damaged_bundle_is_named_and_the_one_before_it_used(damage, tmp_path, caplog):
+    save_steps(tmp_path, [2, 3])
+    folder = tmp_path / "checkpoints"
+    if "cut" in damage:
+        for file in (folder / "3" / "state").rglob("*"):
+            if file.is_file():
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    if damage == "digests":
+        (folder / "3.sha256.json").write_text("{")
+    if damage.startswith("no digests"):  # as after a kill between a save and its digests
+        (folder / "3.sha256.json").unlink()
+    step, state, *_ = restore(tmp_path)
+    assert step == 2 and float(state["w"][0, 0]) == 2.0
+    assert any(f"{folder / '3'} is damaged" in record.getMessage() for record in caplog.records)
+    assert (folder / "3").exists(), "nothing is deleted"
+
+
+def test_find_damage(tmp_path):
+    files, digests = tmp_path / "files", tmp_path / "digests.json"
+    (files / "deep").mkdir(parents=True)
+    (files / "a").write_bytes(b"first")
+    (files / "deep" / "b").write_bytes(b"second")
+    assert find_damage(files, digests) is None, "without digests nothing is known"
+    digests.write_text(json.dumps(sha256_of_files(files)))
+    assert find_damage(files, digests) is None
+    (files / "deep" / "b").write_bytes(b"secone")
+    assert find_damage(files, digests) == "deep/b does not match its SHA-256"
+    (files / "deep" / "b").unlink()
+    assert find_damage(files, digests) == "deep/b is missing"
+    digests.write_text('{"a": ')
+    assert find_damage(files, digests) == "digests.json is not JSON"
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot write to workdir .*file.*; give a writable one"):
+        Checkpoints(tmp_path / "file")
+
+
+HANDOFF = Handoff(
+    stage="sft",
+    model={"width": 3},
+    tokenizer_fingerprint="f",
+    config={"seed": 0},
+    made_from=["fresh weights"],
+    facts={"eval_perplexity": 2.5},
+    code_version="0",
+)
+PARAMS = {"decoder": {"w": np.arange(12, dtype=np.float32).reshape(4, 3), "b": np.float32(0.5)}}
+
+
+def leave(workdir, save_tokenizer=None):
+    save = save_tokenizer or (lambda path: (path.mkdir(), (path / "tokenizer.json").write_text("{}")))
+    return checkpoints.save_handoff(workdir, HANDOFF, jax.tree.map(jnp.asarray, PARAMS), save)
+
+
+def test_a_handoff_says_what_was_left_and_lands_on_any_mesh(tmp_path):
+    path = leave(tmp_path)
+    assert checkpoints.is_finished(tmp_path) and checkpoints.load_handoff(tmp_path) == (HANDOFF, path)
+    assert not (tmp_path / "handoff.partial").exists()
+    for sharding in (None, meshes.replicated(meshes.data_mesh())):
+        params = checkpoints.restore_params(path, sharding)
+        jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+        assert len(params["decoder"]["w"].sharding.device_set) == (8 if sharding else 1)
+
+
+@pytest.mark.parametrize("where", ["in the tokenizer", "before the rename"])
+def test_a_crash_leaves_no_handoff_and_the_next_run_leaves_a_whole_one(where, tmp_path, monkeypatch):
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if where == "before the rename":
+            patch.setattr(checkpoints.os, "rename", crash)
+        leave(tmp_path, crash if where == "in the tokenizer" else None)
+    assert not checkpoints.is_finished(tmp_path)
+    with pytest.raises(InputError, match="has left no hand-off yet; run its stage to the end first"):
+        checkpoints.load_handoff(tmp_path)
+    assert checkpoints.load_handoff(leave(tmp_path).parent)[0] == HANDOFF
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer/tokenizer.json", "{ }", "tokenizer/tokenizer.json does not match its SHA-256"),
+        ("digests.json", "{", "digests.json is not JSON"),
+        ("handoff.json", '{"stage": "sft"', "handoff.json is not the description of a hand-off"),
+        ("handoff.json", '{"stage": "sft"}', "handoff.json is not the description of a hand-off"),
+    ],
+)
+def test_a_handoff_that_was_tampered_with_is_refused(file, content, message, tmp_path):
+    (leave(tmp_path) / file).write_text(content)
+    with pytest.raises(InputError, match=f"{message}.*; run that stage again in a fresh workdir"):
+        checkpoints.load_handoff(tmp_path)
+
+
+def test_no_run_is_no_handoff(tmp_path):
+    with pytest.raises(
+        InputError, match=r"there is no run at .*nowhere; give the --workdir of a finished stage"
+    ):
+        checkpoints.load_handoff(tmp_path / "nowhere")
