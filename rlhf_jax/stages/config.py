@@ -18,17 +18,20 @@ def from_dict(cls: type[T], values: Mapping[str, Any], prefix: str = "config") -
     """Builds the dataclass ``cls`` (nested ones too) from nested mappings; missing fields take their defaults.
 
     Raises:
-      InputError: an unknown field, or a value of the wrong type or out of range; the message names the field.
+      InputError: an unknown or a missing field, or a value of the wrong type or out of range; the message names it.
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{prefix} is {values!r}; set its fields, {prefix}.<field>=<value>")
     hints = typing.get_type_hints(cls)
-    fields = {field.name for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
             raise InputError(
                 f"{prefix}.{name} does not exist; {cls.__name__} has {', '.join(sorted(fields))}"
             )
+    for name, field in fields.items():
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise InputError(f"{prefix}.{name} is missing; give it a value")
     built = {name: _convert(hints[name], value, f"{prefix}.{name}") for name, value in values.items()}
     try:
         return cls(**built)

@@ -129,7 +129,11 @@ def load_model(path: str, run: Run) -> Model:
     """
     directory = pathlib.Path(path)
     sharding = meshes.replicated(run.mesh)
-    if (directory / "checkpoints").exists() or checkpoints.handoff_path(directory).exists():
+    if not directory.is_dir():
+        raise InputError(
+            f"there is no directory {directory}; give the --workdir of a finished run, or a Hugging Face directory"
+        )
+    if _is_run(directory):
         handoff, location = checkpoints.load_handoff(directory)
         tokenizer = tokenizers.load_tokenizer(location / "tokenizer")
         if tokenizers.fingerprint(tokenizer) != handoff.tokenizer_fingerprint:
@@ -146,6 +150,16 @@ def load_model(path: str, run: Run) -> Model:
     tokenizers.check_vocabulary(tokenizer, config.vocab_size, model=str(directory))
     params = jax.device_put(params, sharding)
     return Model(config=config, params=params, tokenizer=tokenizer, origin=str(directory), facts={})
+
+
+def _is_run(directory: pathlib.Path) -> bool:
+    """Whether a directory was written by a run, finished or not."""
+    if any((directory / name).exists() for name in _RESULTS):
+        return True
+    try:
+        return "stage" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def check_same_family(first: Model, second: Model, *, architecture: bool = False) -> None:

@@ -1,0 +1,140 @@
+"""The loop around a step: what it writes and when, how it stops, and the guard against updates that come to nothing."""
+
+import math
+
+import grain
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.checkpoints import Checkpoints
+from rlhf_jax.errors import InputError
+from rlhf_jax.metrics import mean_of, read_metrics
+from rlhf_jax.training.interrupt import Interrupted, StopRequest
+from rlhf_jax.training.loop import MAX_SKIPPED_UPDATES, Schedule, fit
+
+
+def batches(values=12) -> grain.DatasetIterator:
+    """1, 2, 3, ... one a batch."""
+    dataset = grain.MapDataset.range(1, values + 1).repeat(5).batch(1)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def step(state, batch):
+    """The sum of all batches, with a skip for every one of 100 or more."""
+    bad = int(batch[0]) >= 100
+    total = state["total"] + (0 if bad else int(batch[0]))
+    skipped = state["skipped"] + 1 if bad else 0
+    return {"total": total, "skipped": skipped}, {"seen": mean_of(batch)}
+
+
+def run(workdir, schedule, *, stop=None, iterator=None, step=step):
+    return fit(
+        state={"total": jnp.int32(0), "skipped": jnp.int32(0)},
+        step=lambda state, batch: _as_arrays(*step(state, batch)),
+        batches=iterator or batches(),
+        schedule=schedule,
+        workdir=workdir,
+        progress=lambda done, values: None,
+        stop=stop or StopRequest(),
+        evaluate=lambda state: {"eval/total": float(state["total"])},
+        skipped_updates=lambda state: state["skipped"],
+    )
+
+
+def _as_arrays(state, metrics):
+    return {name: jnp.int32(value) for name, value in state.items()}, metrics
+
+
+def rows(workdir):
+    return list(read_metrics(workdir / "metrics.jsonl"))
+
+
+EXPECTED = [
+    {"step": 0, "eval/total": 0.0},
+    {"step": 3, "seen": 2.0},
+    {"step": 4, "eval/total": 10.0},
+    {"step": 6, "seen": 5.0},
+    {"step": 7, "seen": 7.0, "eval/total": 28.0},
+]
+SCHEDULE = Schedule(num_steps=7, log_every=3, eval_every=4, save_every=5)
+
+
+def test_rows_cover_their_steps_and_first_and_last_step_are_evaluated(tmp_path):
+    state = run(tmp_path, SCHEDULE)
+    assert int(state["total"]) == 1 + 2 + 3 + 4 + 5 + 6 + 7
+    assert rows(tmp_path) == EXPECTED
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir())
+    assert saved == ["5", "7"]
+
+
+class StopOnceAsked(StopRequest):
+    """Asks to stop at the ``asked``-th look."""
+
+    def __init__(self, asked):
+        self._left = asked
+
+    @property
+    def requested(self):
+        self._left -= 1
+        return "SIGINT" if self._left <= 0 else None
+
+
+def test_stopped_after_any_step_and_started_again_it_writes_the_same(tmp_path):
+    for done in range(3):
+        with pytest.raises(
+            Interrupted, match=rf"SIGINT: saved step {done} of 7 in .*checkpoints; run the same"
+        ):
+            run(tmp_path, SCHEDULE, stop=StopOnceAsked(1 if done == 0 else 2))
+    assert int(run(tmp_path, SCHEDULE)["total"]) == 28
+    assert rows(tmp_path) == EXPECTED
+
+
+def test_a_finished_run_is_neither_trained_nor_written_again(tmp_path):
+    run(tmp_path, SCHEDULE)
+
+    def never(state, batch):
+        raise AssertionError("trained again")
+
+    assert int(run(tmp_path, SCHEDULE, step=never)["total"]) == 28
+    assert rows(tmp_path) == EXPECTED
+
+
+def test_an_error_in_a_step_keeps_what_was_saved(tmp_path):
+    def breaks(state, batch):
+        if batch[0] == 7:
+            raise ZeroDivisionError
+        return step(state, batch)
+
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, SCHEDULE, step=breaks)
+    assert rows(tmp_path) == EXPECTED[:4]
+    assert int(run(tmp_path, SCHEDULE)["total"]) == 28
+    assert rows(tmp_path) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("good", "kept"),
+    [(0, "no checkpoint was saved yet"), (6, r"step 15 is saved in .*checkpoints")],
+)
+def test_updates_that_are_skipped_again_and_again_end_the_run_in_a_sentence(good, kept, tmp_path):
+    assert MAX_SKIPPED_UPDATES == 10
+    values = grain.MapDataset.source([*range(1, good + 1), *[100] * 30]).batch(1)
+    iterator = iter(values.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    schedule = Schedule(num_steps=30, save_every=5 if good else 30)
+    expected = f"not finite in the last 10 updates, up to step {good + 10}; {kept}; lower --config.optimizer"
+    with pytest.raises(InputError, match=expected):
+        run(tmp_path, schedule, iterator=iterator)
+    # The skipped updates changed nothing: the checkpoint holds the last good sum.
+    if good:
+        saver, state = Checkpoints(tmp_path), {"total": jnp.int32(0), "skipped": jnp.int32(0)}
+        step_saved, state, _ = saver.restore_newest(state, iterator)
+        saver.close()
+        assert (step_saved, int(state["total"]), int(state["skipped"])) == (15, math.comb(7, 2), 9)
+
+
+def test_skipped_updates_that_are_not_in_a_row_are_forgiven(tmp_path):
+    values = grain.MapDataset.source(([100] * 9 + [1]) * 2).batch(1)
+    iterator = iter(values.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    assert int(run(tmp_path, Schedule(num_steps=20), iterator=iterator)["total"]) == 2
+    assert np.mean([row["seen"] for row in rows(tmp_path)[1:]]) == pytest.approx((18 * 100 + 2) / 20)
