@@ -33,20 +33,22 @@ SAMPLES = "samples.json"
 class Config:
     """One evaluation.
 
-    num_prompts: held-out prompts, one response each. best_of: responses a prompt among which the proxy picks; 0 leaves
+    num_prompts: held-out prompts. responses_per_prompt: responses sampled to each; more than one where prompts are few,
+    as in a file of many pairs on few topics. best_of: responses a prompt among which the proxy picks; 0 leaves
     best-of-n out. num_shown: prompts whose responses the report shows side by side.
     """
 
     seed: int = 0
     data: inputs.DataConfig = dataclasses.field(default_factory=inputs.DataConfig)
     num_prompts: int = 512
+    responses_per_prompt: int = 1
     batch_size: int = 128
     best_of: int = 16
     temperature: float = 1.0
     num_shown: int = 6
 
     def __post_init__(self) -> None:
-        check_range(self, "num_prompts", "batch_size", at_least=1)
+        check_range(self, "num_prompts", "responses_per_prompt", "batch_size", at_least=1)
         check_range(self, "best_of", "num_shown", at_least=0)
 
 
@@ -83,6 +85,8 @@ def run(
         truncation=config.data.truncation,
     )
     write_data_report(run_, split.left_out, prompts=report)
+    # Whole rounds over the prompts, so that the first samples are of different prompts.
+    encoded = dataclasses.replace(encoded, rows=encoded.rows * config.responses_per_prompt)
     judge = policies.Judge(
         model=reference.config,
         reference={"decoder": reference.params["decoder"]},

@@ -64,7 +64,8 @@ class Config:
     value_coefficient: weight of the value loss. entropy_coefficient: weight of an entropy bonus.
     missing_eos_score: replaces the reward of a response that never ended; None keeps it. early_stop_kl: an
     iteration's updates end once KL(old || new) per token exceeds it; 0 never. temperature, top_k, top_p: of
-    sampling. num_eval_prompts: held-out prompts sampled at every evaluation.
+    sampling. num_eval_prompts: held-out prompts sampled at every evaluation. eval_responses_per_prompt: responses to
+    each of them; more than one where prompts are few.
     """
 
     seed: int = 0
@@ -91,10 +92,11 @@ class Config:
     top_k: int = 0
     top_p: float = 1.0
     num_eval_prompts: int = 256
+    eval_responses_per_prompt: int = 1
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "num_epochs", "num_minibatches", "num_microbatches", "num_eval_prompts")
-        check_range(self, *counts, "adaptive_kl_horizon", at_least=1)
+        check_range(self, *counts, "eval_responses_per_prompt", "adaptive_kl_horizon", at_least=1)
         check_range(self, "beta", "adaptive_kl_target", "early_stop_kl", "value_coefficient", at_least=0)
         check_range(self, "gamma", "lam", "clip_low", at_least=0, at_most=1)
         check_range(self, "clip_high", at_least=0)
@@ -303,6 +305,8 @@ def run(
 
     offset = float(reward.facts["reward_offset"])
     frozen = {"reference": {"decoder": model.params["decoder"]}, "reward": reward.params}
+    # Whole rounds over the prompts; a row's noise depends on its place, so a prompt's responses differ.
+    held_out = dataclasses.replace(held_out, rows=held_out.rows * config.eval_responses_per_prompt)
     evaluate = _make_evaluate(config, run_, model, reward, offset, held_out)
     optimizer = make_optimizer(
         config.optimizer, config.schedule.num_steps * config.num_epochs * config.num_minibatches
