@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import sys
@@ -10,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from experiments.launch import to_fields
 from rlhf_jax import checkpoints
 from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import read_metrics
@@ -33,7 +33,7 @@ SHARED = ("seed", "data", "model")
 
 def own_fields(config: Any) -> dict[str, Any]:
     """A stage's config as a dict, without what the ladder's config holds for all stages."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in SHARED}
+    return {name: value for name, value in to_fields(config).items() if name not in SHARED}
 
 
 def stage_configs(config: Mapping[str, Any]) -> dict[str, Any]:

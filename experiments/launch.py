@@ -6,6 +6,7 @@ import dataclasses
 import os
 import pathlib
 import sys
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,24 @@ def define_init_from(what: str) -> flags.FlagHolder:
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
     """A frozen config dataclass as the ConfigDict that flags can override."""
-    return ml_collections.ConfigDict(dataclasses.asdict(config))
+    return ml_collections.ConfigDict(to_fields(config))
+
+
+def to_fields(config: Any) -> dict[str, Any]:
+    """Name -> value of a frozen config dataclass, nested ones too; a None becomes a placeholder of the field's type.
+
+    ml_collections gives a plain None no type, and then lets no flag override it.
+    """
+    hints, fields = typing.get_type_hints(type(config)), {}
+    for name in hints:
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            value = to_fields(value)
+        elif value is None:
+            (kind,) = set(typing.get_args(hints[name])) - {type(None)}
+            value = ml_collections.config_dict.placeholder(kind)
+        fields[name] = value
+    return fields
 
 
 def launch(main: Callable[[StopRequest], None]) -> None:
@@ -84,7 +102,18 @@ def launch(main: Callable[[StopRequest], None]) -> None:
     for name in ("config", "workdir", "init_from", "parallelism"):
         if name in flags.FLAGS:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
-    app.run(absl_main)
+    app.run(absl_main, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """As absl does; but a config file that is not there, an OSError once it is used, is said in a sentence too."""
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        flags.FLAGS["config"].value.to_dict()
+    except OSError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        _stop_with(f"--config cannot be loaded: {reason}; give a Python file as those in {CONFIGS}")
+    return rest
 
 
 def enable_compilation_cache() -> None:
