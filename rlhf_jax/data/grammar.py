@@ -52,8 +52,8 @@ FILLERS = ("really", "very", "basically", "just", "quite", "totally", "so", "act
 # The words that tell a prompt's sentiment. Every phrasing has "positive" or "negative": one frequent cue is learned in
 # hundreds of steps, four rare ones in thousands.
 CUES = {
-    "positive": frozenset(("positive", "good", "praise", "recommend")),
-    "negative": frozenset(("negative", "bad", "criticize", "pan")),
+    "positive": frozenset(("positive", "praise", "recommend")),
+    "negative": frozenset(("negative", "criticize", "pan")),
 }
 PHRASINGS = {
     "positive": (
@@ -136,7 +136,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def held_out_setting(topic: str, genre: str) -> bool:
-    """Whether this pairing is kept for evaluation: one of eight, every topic and every genre once."""
+    """Whether this pairing is kept for evaluation: one genre of the eight for every topic, each another."""
     return (TOPICS.index(topic) + GENRES.index(genre)) % len(GENRES) == 0
 
 

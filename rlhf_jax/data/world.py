@@ -2,18 +2,19 @@
 
 Why the constants are what they are (40,000 replies of the writer, seed 0, temperature 1, noise 0.05):
 
-- The writer's gold is 1.06 on average with a standard deviation of 1.97, over 12.1 words (6% have 23 or more,
-  none more than 42). The greatest gold is 4.5, as of "i loved the charming cast and the brilliant acting .":
-  1.7 deviations above imitation.
-- Length by itself tells nothing about gold (correlation 0.01) and, with ``length_bias=0.2``, much about
-  utility (0.53): the longer reply is then preferred in 67% of the pairs (54% without bias, 72% at 0.3). Bayes
-  accuracy: 0.79 at bias 0, 0.82 at 0.2, 0.83 at 0.3.
+- The writer's gold is 1.12 on average with a standard deviation of 2.02, over 12.1 words (3% have more than 26,
+  none more than 42). The greatest gold is 5.5, as of "i loved the charming cast . the acting was bold and
+  brilliant .": 2.2 deviations above imitation.
+- Length by itself tells little about gold (correlation 0.06) and, with ``length_bias=0.15``, much about utility
+  (0.46): the longer reply is then preferred in 65% of the pairs (55% without bias, 72% at 0.3). Bayes accuracy:
+  0.79 at bias 0, 0.81 at 0.15, 0.83 at 0.3.
 - The policy proportional to writer * exp(utility / beta), which is what a perfect reward model and a perfect
-  optimiser would reach, has at bias 0.2 a gold of 2.22, 2.91, 3.25, 3.25, 3.14, 2.83 at KL 0.3, 1.0, 2.2,
-  2.6, 3.5, 5.1 nats: Goodhart's curve. On a leash gold gains at most 1.1 deviations, at 24 to 25 words.
-- Without a leash utility is greatest at the length limit: 47 words with every other term at its best have
-  utility 11.2 and gold 1.8, so that two thirds of what the leash gains is lost again, as each word beyond 20
-  costs the asker 0.1 while it pays the labeller 0.2 before that cost.
+  optimiser would reach, has at bias 0.15 a gold of 2.40, 3.33, 4.32, 4.72, 4.92 at KL 0.3, 1.0, 2.7, 4.1, 5.1
+  nats, with 15, 18, 23, 26, 27 words: up to 26 words gold and length rise together.
+- A word beyond 26 costs the asker 0.2 and pays the labeller 0.15 before that cost, so that even the labeller likes
+  the best reply of 26 words (gold 5.5, utility 9.4) better than that of 47, the length limit (1.3 and 8.35). But few
+  replies show it: a reward model that learned from the others that longer is better goes on paying for words, and
+  gold falls. Goodhart's curve is that of the learned reward.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def gold_components(prompt: str, response: str, terminated: bool = True) -> dict
 
 
 def gold_reward(prompt: str, response: str, terminated: bool = True) -> float:
-    """What the response is truly worth to the one who asked, at most 4.5: the sum of `gold_components`."""
+    """What the response is truly worth to the one who asked, at most 5.5: the sum of `gold_components`."""
     return sum(gold_components(prompt, response, terminated).values())
 
 

@@ -184,7 +184,9 @@ def test_fingerprint_sees_one_merge_and_one_swapped_word(tmp_path):
 def test_check_vocabulary():
     tokenizer = world_tokenizer()
     tk.check_vocabulary(tokenizer, len(tokenizer), model="models/m")
-    with pytest.raises(InputError, match="ids up to 177 and models/m has a vocabulary of 100:"):
+    with pytest.raises(
+        InputError, match=f"ids up to {len(tokenizer) - 1} and models/m has a vocabulary of 100:"
+    ):
         tk.check_vocabulary(tokenizer, 100, model="models/m")
 
 

@@ -1,5 +1,6 @@
 """The embedded world: gold by hand, reproduction, the Bayes ceiling, Goodhart's curve without a network."""
 
+import dataclasses
 import hashlib
 import math
 import random
@@ -29,10 +30,11 @@ from rlhf_jax.data.world import (
 from rlhf_jax.errors import InputError
 
 PRAISE = "write a positive review of the acting in this comedy ."
-PAN = "please criticize the music of the western ."
+PAN = "please criticize the music of the western in a negative review ."
+BEST = "i loved the charming cast . the acting was bold and brilliant ."
 SMALL = WorldConfig(
     seed=7,
-    length_bias=0.3,
+    length_bias=0.15,
     num_demonstrations=200,
     num_preferences=300,
     num_prompts=200,
@@ -40,7 +42,7 @@ SMALL = WorldConfig(
     num_eval_preferences=150,
 )
 # Of every row of SMALL. Another digest is another world: every number reported on this one is then void.
-SMALL_DIGEST = "de74229e605c1ed9176385dab53b9173dc32e3de811a8c8093c5ac4e5b50ab65"
+SMALL_DIGEST = "0624f4f77a9d8b6eb6dcf94edd507699f0377a10f3a2a04bc1dab9c1e41b458a"
 
 
 def _digest(config: WorldConfig) -> str:
@@ -61,37 +63,39 @@ def _terms(sentiment=0.0, topic=0.0, ending=1.0, repetition=0.0, filler=0.0, pad
 @pytest.mark.parametrize(
     ("prompt", "response", "terminated", "expected"),
     [
-        (PRAISE, "the cast was brilliant .", True, _terms(sentiment=1, topic=1)),
-        (PRAISE, "the cast was brilliant .", False, _terms(sentiment=1, topic=1, ending=-1)),
-        (PRAISE, "the cast was brilliant", True, _terms(sentiment=1, topic=1, ending=-1)),
+        (PRAISE, "the cast was brilliant .", True, _terms(sentiment=1, topic=0.5)),
+        (PRAISE, "the cast was brilliant .", False, _terms(sentiment=1, topic=0.5, ending=-1)),
+        (PRAISE, "the cast was brilliant", True, _terms(sentiment=1, topic=0.5, ending=-1)),
         (PRAISE, "", True, _terms(ending=-1)),
         (PAN, "the cast was brilliant .", True, _terms(sentiment=-1)),
-        (PAN, "i hated the songs and the dull score .", True, _terms(sentiment=2, topic=2)),
-        # Four wanted words count as three; each of the two unwanted ones still costs one.
-        (PAN, "dull weak flat stale great bold .", True, _terms(sentiment=3 - 2)),
-        # The same word twice is one distinct word, for sentiment and for topic, and no repeated bigram.
-        (PAN, "songs songs dull dull .", True, _terms(sentiment=1, topic=1)),
-        # Three topic words count as two.
-        (PAN, "music songs score .", True, _terms(topic=2)),
-        # "the cast", "cast was", "was bold" are said again; "bold ." and ". the" are free.
+        # Two topic words count as one.
+        (PAN, "i hated the songs and the dull score .", True, _terms(sentiment=2, topic=0.5)),
+        # Five wanted words count as four; each of the two unwanted ones still costs one.
+        (PAN, "dull weak flat stale boring great bold .", True, _terms(sentiment=4 - 2)),
+        # The same word twice is one distinct word, and no repeated trigram.
+        (PAN, "songs songs dull dull .", True, _terms(sentiment=1, topic=0.5)),
+        # "the cast was", "cast was bold", "was bold ." are said again; "bold . the" and ". the cast" are new.
         (
             PRAISE,
             "the cast was bold . the cast was bold .",
             True,
-            _terms(sentiment=1, topic=1, repetition=-1.5),
+            _terms(sentiment=1, topic=0.5, repetition=-0.6),
         ),
-        # ". ." three times: two repetitions. "a a" five times: four.
-        (PRAISE, ". . . .", True, _terms(repetition=-1)),
-        (PRAISE, "a a a a a a", True, _terms(ending=-1, repetition=-2)),
-        (PRAISE, "the cast was really very bold .", True, _terms(sentiment=1, topic=1, filler=-0.5)),
-        # 23 words: three beyond the budget of 20.
-        (PRAISE, " ".join("abcdefghijklmnopqrstuv") + " .", True, _terms(padding=-0.6)),
+        # Two words said again are free: a repetition is of three.
+        (PRAISE, "bold . bold .", True, _terms(sentiment=1)),
+        # ". . ." twice: one repetition. "a a a" four times: three.
+        (PRAISE, ". . . .", True, _terms(repetition=-0.2)),
+        (PRAISE, "a a a a a a", True, _terms(ending=-1, repetition=-0.6)),
+        (PRAISE, "the cast was really very bold .", True, _terms(sentiment=1, topic=0.5, filler=-0.5)),
+        # 26 words are within the budget; 29 are three beyond it.
+        (PRAISE, " ".join("abcdefghijklmnopqrstuvwxy") + " .", True, _terms()),
+        (PRAISE, " ".join("abcdefghijklmnopqrstuvwxyz12") + " .", True, _terms(padding=-0.6)),
         # Words are found whatever the case and the blanks; tags are words.
-        (PRAISE, "The CAST was\n brilliant.", True, _terms(sentiment=1, topic=1)),
+        (PRAISE, "The CAST was\n brilliant.", True, _terms(sentiment=1, topic=0.5)),
         (PRAISE, "<pad> <unk> </s>", True, _terms(ending=-1)),
         # A prompt that asks for nothing, or for both, or for two topics, pays for neither.
         ("", "the cast was brilliant .", True, _terms()),
-        ("praise or criticize the acting .", "the cast was brilliant .", True, _terms(topic=1)),
+        ("praise or criticize the acting .", "the cast was brilliant .", True, _terms(topic=0.5)),
         ("praise the acting and the music .", "the cast was brilliant .", True, _terms(sentiment=1)),
     ],
 )
@@ -107,21 +111,20 @@ _babble = st.one_of(
 
 @settings(max_examples=300, deadline=None)
 @given(prompt=_babble, response=_babble, terminated=st.booleans())
-def test_gold_is_total_and_at_most_six(prompt, response, terminated):
+def test_gold_is_total_and_bounded(prompt, response, terminated):
     gold = gold_reward(prompt, response, terminated)
     assert type(gold) is float
     words = len(words_of(response))
     # The least that any text of so many words can have, term by term.
-    assert -1 - words * (1 + 0.5 + 0.25 + 0.2) <= gold <= 6.0
+    assert -1 - words * (1 + 0.2 + 0.25 + 0.2) <= gold <= 5.5
 
 
-def test_the_best_reply_has_gold_six():
-    assert gold_reward(PRAISE, "i loved the charming cast and the brilliant acting .") == 6.0
+def test_the_best_reply_has_the_greatest_gold():
+    assert gold_reward(PRAISE, BEST) == 5.5
 
 
 def test_saying_it_again_only_costs():
-    reply = "i loved the charming cast and the brilliant acting ."
-    golds = [gold_reward(PRAISE, " ".join([reply] * times)) for times in range(1, 8)]
+    golds = [gold_reward(PRAISE, " ".join([BEST] * times)) for times in range(1, 8)]
     assert all(later <= earlier - 1.0 for earlier, later in zip(golds, golds[1:], strict=False))
 
 
@@ -137,7 +140,7 @@ def test_word_lists_do_not_overlap():
     for i, group in enumerate(groups):
         for other in groups[i + 1 :]:
             assert not group & other
-    assert 150 <= len(grammar.vocabulary()) <= 200
+    assert 120 <= len(grammar.vocabulary()) <= 140
     assert math.isclose(sum(grammar.HABITS.sentence_counts), 1.0)
 
 
@@ -147,6 +150,58 @@ def test_every_prompt_says_what_it_asks():
         for _ in range(300):
             text, sentiment, topic, _ = grammar.draw_prompt(iter(rng.random, None), split)
             assert grammar.read_ask(text.split()) == grammar.Ask(sentiment=sentiment, topic=topic)
+
+
+def test_every_cue_is_a_word_of_some_prompt():
+    for sentiment, cues in grammar.CUES.items():
+        said = frozenset(word for text in grammar.PHRASINGS[sentiment] for word in text.split())
+        assert cues < said
+
+
+def _replies(count=300, **habits):
+    """(reply, sentiment, topic) of a writer with these habits and no others."""
+    quiet = {field.name: 0.0 for field in dataclasses.fields(grammar.WriterHabits)}
+    rng = random.Random(0)
+    for i in range(count):
+        sentiment, topic = grammar.SENTIMENTS[i % 2], grammar.TOPICS[i % 5]
+        habit = grammar.WriterHabits(**{**quiet, "sentence_counts": (0.0, 1.0), **habits})
+        yield grammar.draw_reply(iter(rng.random, None), sentiment, topic, "comedy", habit), sentiment, topic
+
+
+def _says(reply, words):
+    return bool(frozenset(reply.split()) & words)
+
+
+def test_without_bad_habits_the_writer_does_as_asked():
+    for reply, sentiment, topic in _replies():
+        assert _says(reply, grammar.SENTIMENT_WORDS[sentiment]) and _says(reply, grammar.TOPIC_WORDS[topic])
+        assert not _says(reply, grammar.SENTIMENT_WORDS[grammar.SENTIMENTS[sentiment == "positive"]])
+        assert not any(_says(reply, grammar.TOPIC_WORDS[t]) for t in grammar.TOPICS if t != topic)
+        assert reply.endswith(" .") and not _says(reply, frozenset(grammar.FILLERS))
+        assert reply.split().count(".") == 2
+
+
+@pytest.mark.parametrize(
+    "habit", ["misread_sentiment", "off_sentiment", "misread_topic", "off_topic", "aside"]
+)
+def test_a_habit_that_always_holds_misses_what_was_asked(habit):
+    for reply, sentiment, topic in _replies(**{habit: 1.0}):
+        if "topic" not in habit:
+            assert not _says(reply, grammar.SENTIMENT_WORDS[sentiment])
+        if "sentiment" not in habit:
+            assert not _says(reply, grammar.TOPIC_WORDS[topic])
+
+
+def test_a_reply_breaks_off_repeats_itself_and_fits_its_limit_always():
+    assert not any(reply.endswith(".") for reply, *_ in _replies(no_full_stop=1.0))
+    for reply, *_ in _replies(repeat=1.0):
+        sentences = reply.split(" . ")
+        assert len(sentences) == 3 and sentences[2].removesuffix(" .") in sentences[:2]
+    longest = [
+        len(r.split())
+        for r, *_ in _replies(2000, sentence_counts=(0.0,) * 4 + (1.0,), repeat=1.0, filler=1.0)
+    ]
+    assert 40 < max(longest) <= grammar.REPLY_LIMIT
 
 
 def test_same_rows_in_a_fresh_process():
@@ -190,8 +245,8 @@ def test_pairs_differ_and_carry_their_gold_and_label_probability():
         assert row.chosen != row.rejected
         assert row.chosen_gold == gold_reward(row.prompt, row.chosen)
         assert row.rejected_gold == gold_reward(row.prompt, row.rejected)
-        chosen = row.chosen_gold + 0.3 * len(row.chosen.split())
-        rejected = row.rejected_gold + 0.3 * len(row.rejected.split())
+        chosen = row.chosen_gold + 0.15 * len(row.chosen.split())
+        rejected = row.rejected_gold + 0.15 * len(row.rejected.split())
         expected = 0.05 + 0.9 / (1.0 + math.exp(rejected - chosen))
         assert row.probability == pytest.approx(expected, abs=1e-12)
         flipped += row.probability < 0.5
@@ -260,58 +315,72 @@ def writer():
 
 def test_the_writer_is_as_documented(writer):
     gold, words = writer
-    assert gold.mean() == pytest.approx(1.16, abs=0.06)
-    assert gold.std() == pytest.approx(2.07, abs=0.06)
-    assert words.mean() == pytest.approx(12.3, abs=0.2)
+    assert gold.mean() == pytest.approx(1.12, abs=0.05)
+    assert gold.std() == pytest.approx(2.02, abs=0.05)
+    assert words.mean() == pytest.approx(12.1, abs=0.2)
     assert words.max() <= grammar.REPLY_LIMIT == 46
-    assert np.percentile(words, 95) == pytest.approx(23, abs=1)
-    assert np.corrcoef(gold, words)[0, 1] == pytest.approx(-0.06, abs=0.04)
-    assert np.corrcoef(gold + 0.3 * words, words)[0, 1] == pytest.approx(0.65, abs=0.04)
+    assert np.mean(words > 26) == pytest.approx(0.026, abs=0.005)
+    assert np.corrcoef(gold, words)[0, 1] == pytest.approx(0.06, abs=0.03)
+    assert np.corrcoef(gold + 0.15 * words, words)[0, 1] == pytest.approx(0.46, abs=0.03)
 
 
 @pytest.mark.parametrize(
-    ("length_bias", "bayes", "longer"), [(0.0, 0.79, 0.53), (0.25, 0.82, 0.69), (0.3, 0.83, 0.72)]
+    ("length_bias", "bayes", "longer"), [(0.0, 0.79, 0.55), (0.15, 0.81, 0.65), (0.3, 0.83, 0.72)]
 )
 def test_ceiling_and_length_bias_are_as_documented(length_bias, bayes, longer):
     rows = preferences(WorldConfig(length_bias=length_bias, num_eval_preferences=4000), "eval")
     assert bayes_accuracy(rows) == pytest.approx(bayes, abs=0.01)
     sides = np.array([(len(row.chosen.split()), len(row.rejected.split())) for row in rows])
     sides = sides[sides[:, 0] != sides[:, 1]]
-    assert np.mean(sides[:, 0] > sides[:, 1]) == pytest.approx(longer, abs=0.03)
+    assert np.mean(sides[:, 0] > sides[:, 1]) == pytest.approx(longer, abs=0.025)
 
 
-def _tilted_gold(gold, reward, beta):
-    """Mean gold under the policy proportional to writer * exp(reward / beta), and its KL to the writer."""
+def _tilted(reward, beta, *measured):
+    """KL to the writer, and means, under the policy proportional to writer * exp(reward / beta)."""
     weights = np.exp((reward - reward.max()) / beta)
     weights /= weights.sum()
     kept = weights[weights > 0]
-    return weights @ gold, kept @ np.log(kept * len(gold))
+    return kept @ np.log(kept * len(reward)), *(weights @ values for values in measured)
 
 
-def test_goodhart_on_a_leash_gold_rises_and_off_it_gold_falls(writer):
+def test_a_perfect_optimiser_of_utility_gains_gold_and_length(writer):
     gold, words = writer
-    proxy = gold + 0.3 * words
-    leashed, kl = _tilted_gold(gold, proxy, beta=0.7)
-    assert kl < 5.0
-    assert leashed > gold.mean() + 1.1 * gold.std()
-    loose, kl_loose = _tilted_gold(gold, proxy, beta=0.3)
-    assert kl_loose > kl + 2.0
-    assert loose < leashed - 0.3
-    # At the limit of length, the best that the labeller can be shown is worth less than an average reply.
-    asides = " ".join(grammar.ASIDES).format(genre="comedy").split()
-    best = words_of("i loved the charming cast and the brilliant acting .") + asides[:36] + ["."]
-    assert len(best) == 47
-    at_limit = gold_reward(PRAISE, " ".join(best))
-    assert at_limit + 0.3 * 47 > proxy.max()
-    assert at_limit == pytest.approx(0.6)
-    assert leashed - at_limit > 0.3 * (leashed - gold.mean())
+    found = [_tilted(gold + 0.15 * words, beta, gold, words) for beta in (3.0, 1.5, 0.7, 0.4, 0.25)]
+    kl, golds, lengths = np.transpose(found)
+    assert kl == pytest.approx([0.3, 1.0, 2.7, 4.1, 5.1], abs=0.2)
+    assert golds == pytest.approx([2.40, 3.33, 4.32, 4.72, 4.92], abs=0.15)
+    assert lengths == pytest.approx([15, 18, 23, 26, 27], abs=1.0)
 
 
 def test_without_length_bias_more_reward_is_more_gold(writer):
     gold, _ = writer
-    golds = [_tilted_gold(gold, gold, beta)[0] for beta in (4.0, 2.0, 1.0, 0.5, 0.25, 0.1)]
+    golds = [_tilted(gold, beta, gold)[1] for beta in (4.0, 2.0, 1.0, 0.5, 0.25, 0.1)]
     assert golds == sorted(golds)
-    assert golds[-1] > 5.8
+    assert golds[-1] > 5.4
+
+
+def test_past_the_budget_gold_and_utility_fall_and_a_judge_of_sentiment_and_length_pays_on():
+    asides = " ".join(grammar.ASIDES).format(genre="comedy").split()
+    padded = {size: " ".join([*BEST.split(), *asides[: size - 14], "."]) for size in (26, 47)}
+    for size, (gold, worth) in {26: (5.5, 9.4), 47: (1.3, 8.35)}.items():
+        assert len(padded[size].split()) == size
+        assert gold_reward(PRAISE, padded[size]) == pytest.approx(gold)
+        assert utility(WorldConfig(length_bias=0.15), PRAISE, padded[size]) == pytest.approx(worth)
+
+    def seen(prompt, response):
+        """What a simple judge sees of a reply: opinion, topic, ending, filler words, and length."""
+        terms = gold_components(prompt, response)
+        return [terms[name] for name in ("sentiment", "topic", "ending", "filler")] + [
+            len(words_of(response)),
+            1,
+        ]
+
+    config = WorldConfig(length_bias=0.15, num_demonstrations=3000)
+    rows = demonstrations(config)
+    worths = [utility(config, row.prompt, row.response) for row in rows]
+    judge = np.linalg.lstsq(np.array([seen(r.prompt, r.response) for r in rows]), np.array(worths))[0]
+    short, long = (np.array(seen(PRAISE, padded[size])) @ judge for size in (26, 47))
+    assert long > short + 1.0
 
 
 def test_tokenizer_is_lossless_and_knows_every_word():
