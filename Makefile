@@ -37,4 +37,4 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv .venv-* runs .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache *.egg-info

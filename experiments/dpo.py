@@ -25,4 +25,4 @@ def main(stop):
 
 
 if __name__ == "__main__":
-    launch.launch(main)
+    launch.launch(main, dpo.Config)

@@ -30,6 +30,12 @@ def main(stop):
     unnamed = [item for item in POLICIES.value if "=" not in item]
     if unnamed:
         raise InputError(f"--policies has {unnamed[0]!r}; write name=run directory")
+    named = [item.split("=", 1)[0] for item in POLICIES.value]
+    taken = [name for name in named if name in ("sft", "best_of_n") or named.count(name) > 1]
+    if taken:
+        raise InputError(
+            f"--policies names {taken[0]!r} twice, or takes a name of the table's own; choose another"
+        )
     summary = evaluate.run(
         config,
         WORKDIR.value,
@@ -43,4 +49,4 @@ def main(stop):
 
 
 if __name__ == "__main__":
-    launch.launch(main)
+    launch.launch(main, evaluate.Config)

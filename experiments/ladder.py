@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,8 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import dpo, evaluate, ppo, reward_model, sft
-from rlhf_jax.training.interrupt import StopRequest
+from rlhf_jax.stages.run_directory import changed_inputs
+from rlhf_jax.training.interrupt import Interrupted, StopRequest
 
 STAGES = ("sft", "reward_model", "ppo", "ppo_no_leash", "dpo", "evaluate")
 POLICIES = ("ppo", "ppo_no_leash", "dpo")
@@ -86,12 +88,16 @@ def run(
         directory = workdir / name
         if name not in stages:
             continue
-        finished = checkpoints.is_finished(directory)
-        if finished and again:
+        if stop.requested is not None:
+            raise Interrupted(f"{stop.requested}: stopped before {name}; run the same command again to go on")
+        if name == "evaluate":
+            # Derived from the stages, and quick: measured anew, never kept beside policies that have changed.
+            shutil.rmtree(directory, ignore_errors=True)
+        elif checkpoints.is_finished(directory):
+            if not again:
+                print(f"{name} is finished in {directory}", file=sys.stderr)
+                continue
             _keep_aside(directory)
-        elif finished:
-            print(f"{name} is finished in {directory}", file=sys.stderr)
-            continue
         started = time.monotonic()
         stage()
         print(f"{name} took {time.monotonic() - started:.0f} s", file=sys.stderr)
@@ -123,10 +129,15 @@ def _runners(
     }
 
 
-def is_complete(config: Mapping[str, Any], workdir: pathlib.Path) -> bool:
-    """Whether every stage has left its result."""
-    trained = all(checkpoints.is_finished(workdir / name) for name in STAGES if name != "evaluate")
-    return trained and (workdir / "evaluate" / evaluate.SUMMARY).exists()
+def unfit(workdir: pathlib.Path) -> list[str]:
+    """Why policies cannot be compared yet: stages that are not finished, or were made from what has changed since."""
+    problems = []
+    for name in STAGES[:-1]:
+        if not checkpoints.is_finished(workdir / name):
+            problems.append(f"{name} has not been run to its end")
+        elif changed_inputs(workdir / name):
+            problems.append(f"{name} was made from another {' and '.join(changed_inputs(workdir / name))}")
+    return problems
 
 
 def write_summary(workdir: pathlib.Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import pathlib
 import sys
@@ -23,9 +24,18 @@ CONFIGS = pathlib.Path(__file__).parent / "configs"
 
 def define_config(name: str) -> flags.FlagHolder:
     """``--config=<file.py>``, by default ``experiments/configs/<name>.py``; fields change by ``--config.a.b=value``."""
+    try:
+        return _define_config(str(CONFIGS / f"{name}.py"))
+    except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
+        # ml_collections applies --config.a.b=value here, at import, and raises what it likes.
+        reason = " ".join(str(error).split())
+        return _stop_with(f"--config: {reason}; --help lists the fields, and a value has its default's type")
+
+
+def _define_config(default: str) -> flags.FlagHolder:
     return config_flags.DEFINE_config_file(
         "config",
-        str(CONFIGS / f"{name}.py"),
+        default,
         "A Python file with get_config(). Any field can be set on the command line: "
         "--config.optimizer.learning_rate=1e-4. "
         "The file's docstring gives the command, the time it takes and the number to expect.",
@@ -78,8 +88,22 @@ def to_fields(config: Any) -> dict[str, Any]:
     return fields
 
 
-def launch(main: Callable[[StopRequest], None]) -> None:
-    """Runs ``main`` under absl with what a person at a shell expects.
+def describe(config: type) -> str:
+    """Every field of a config dataclass, nested ones too, as flags with their defaults, under the class's own words."""
+    return _describe_value(config, config(), "--config")
+
+
+def _describe_value(kind: type, value: Any, prefix: str) -> str:
+    hints = typing.get_type_hints(kind)
+    plain = [name for name in hints if not dataclasses.is_dataclass(hints[name])]
+    lines = [f"{prefix}.*: {inspect.cleandoc(kind.__doc__)}", ""]
+    lines += [f"    {prefix}.{name}={getattr(value, name)}" for name in plain] + [""]
+    lines += [_describe_value(hints[n], getattr(value, n), f"{prefix}.{n}") for n in hints if n not in plain]
+    return "\n".join(lines)
+
+
+def launch(main: Callable[[StopRequest], None], config: type | None = None) -> None:
+    """Runs ``main`` under absl with what a person at a shell expects; ``--help`` lists the fields of ``config``.
 
     Exit status: 0 when done, and after Ctrl-C or SIGTERM once everything is saved; 2 with one sentence on
     standard error where something given cannot be used.
@@ -98,6 +122,10 @@ def launch(main: Callable[[StopRequest], None]) -> None:
         except Interrupted as interrupted:
             print(interrupted, file=sys.stderr)
 
+    if config is not None:
+        module = sys.modules["__main__"]
+        fields = "Fields and the library's defaults (the config file may set others):"
+        module.__doc__ = f"{module.__doc__}\n{fields}\n\n{describe(config)}"
     # absl lists the flags of the main module alone under --help; those defined here belong there too.
     for name in ("config", "workdir", "init_from", "parallelism"):
         if name in flags.FLAGS:
@@ -110,7 +138,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = app.parse_flags_with_usage(argv)
         flags.FLAGS["config"].value.to_dict()
-    except OSError as error:
+    except (OSError, AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         _stop_with(f"--config cannot be loaded: {reason}; give a Python file as those in {CONFIGS}")
     return rest

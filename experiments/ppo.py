@@ -1,8 +1,11 @@
 """PPO against a learned reward, on a per-token KL leash to the SFT policy.
 
-python -m experiments.ppo --workdir=runs/ppo --init_from=runs/sft --reward_from=runs/reward_model python -m
-experiments.ppo --workdir=runs/ppo_no_leash --init_from=runs/sft --reward_from=runs/reward_model
---config.beta=0.0
+    python -m experiments.ppo --workdir=runs/ppo --init_from=runs/sft --reward_from=runs/reward_model
+
+Without the leash:
+
+    python -m experiments.ppo --workdir=runs/ppo_no_leash --init_from=runs/sft --reward_from=runs/reward_model \\
+        --config.beta=0.0
 """
 
 import pathlib
@@ -42,4 +45,4 @@ def main(stop):
 
 
 if __name__ == "__main__":
-    launch.launch(main)
+    launch.launch(main, ppo.Config)

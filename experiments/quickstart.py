@@ -11,6 +11,9 @@ The same ladder on a model and preferences of your own:
 
     python -m experiments.quickstart --workdir=runs/mine --config=experiments/configs/arguments.py \\
         --config.model.path=<Hugging Face directory> --config.data.path=pairs.jsonl.gz
+
+Fields: --config.seed, --config.data.*, --config.model.* for all stages, and --config.<stage>.* for one; the --help of
+experiments.sft, reward_model, ppo, dpo and evaluate lists them.
 """
 
 from __future__ import annotations
@@ -26,25 +29,36 @@ from rlhf_jax.evaluation import plots, report
 CONFIG = launch.define_config("quickstart")
 WORKDIR = launch.define_workdir()
 STAGES = flags.DEFINE_list(
-    "stages", list(ladder.STAGES), "Which stages to run, in ladder order; the default is all of them."
+    "stages",
+    list(ladder.STAGES),
+    "Which stages to run, in ladder order, finished or not; the default is all that are not finished. Whenever all "
+    "have run, they are evaluated anew.",
 )
 PARALLELISM = launch.define_parallelism()
 
 
 def main(stop):
     started, workdir = time.monotonic(), pathlib.Path(WORKDIR.value)
-    explicit = flags.FLAGS["stages"].present
-    ladder.run(
-        CONFIG.value.to_dict(),
-        workdir,
-        stages=STAGES.value,
-        again=explicit,
-        parallelism=PARALLELISM.value,
-        stop=stop,
-    )
-    if not ladder.is_complete(CONFIG.value.to_dict(), workdir):
-        print(f"not every stage has run yet; without --stages the rest follows, then the report in {workdir}")
+    explicit = bool(flags.FLAGS["stages"].present)
+
+    def run(stages):
+        ladder.run(
+            CONFIG.value.to_dict(),
+            workdir,
+            stages=stages,
+            again=explicit,
+            parallelism=PARALLELISM.value,
+            stop=stop,
+        )
+
+    run([name for name in STAGES.value if name != "evaluate"])
+    problems = ladder.unfit(workdir)
+    if problems:
+        print(
+            f"no comparison yet: {'; '.join(problems)}; name those with --stages, or none for all that are missing"
+        )
         return
+    run(["evaluate"])
     summary = ladder.write_summary(workdir)
     page = report.write_report(workdir)
     plots.save_overview(workdir, workdir / "overview.png")

@@ -27,4 +27,4 @@ def main(stop):
 
 
 if __name__ == "__main__":
-    launch.launch(main)
+    launch.launch(main, reward_model.Config)

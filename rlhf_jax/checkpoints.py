@@ -14,7 +14,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import grain
@@ -68,13 +68,14 @@ class Checkpoints:
         """The newest sound checkpoint as (step, state, host), or None if there is none at all.
 
         ``state`` gives structure, shapes, dtypes and shardings; ``iterator`` is moved to its saved position. A damaged
-        checkpoint is named in the log and skipped.
+        checkpoint is named in the log and, once a sound one is found, set aside as ``damaged.<step>``, so that
+        training can save that step again.
 
         Raises:
           InputError: if every checkpoint is damaged; nothing is deleted.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        damaged = []
+        damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             path = self.directory / str(step)
             problem = find_damage(path, self._digest_path(step))
@@ -88,14 +89,15 @@ class Checkpoints:
                             host=ocp.args.JsonRestore(),
                         ),
                     )
+                    self._set_aside(damaged)
                     return step, restored["state"], restored["host"]
                 except Exception as error:  # Orbax and TensorStore raise many types for a torn file
                     problem = str(error).strip().splitlines()[0][:200]
-            damaged.append(f"{path}: {problem}")
+            damaged[step] = f"{path}: {problem}"
             logging.warning("checkpoint %s is damaged (%s); trying the one before it", path, problem)
         if damaged:
             raise InputError(
-                f"no checkpoint in {self.directory} is whole ({'; '.join(damaged)}); "
+                f"no checkpoint in {self.directory} is whole ({'; '.join(damaged.values())}); "
                 "restore one from a backup, or start over with another --workdir"
             )
         return None
@@ -104,6 +106,14 @@ class Checkpoints:
         """Waits until everything is on disk."""
         self._write_digests()
         self._manager.close()
+
+    def _set_aside(self, steps: Iterable[int]) -> None:
+        for step in steps:
+            aside = self.directory / f"damaged.{step}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.directory / str(step)).rename(aside)
+            self._digest_path(step).unlink(missing_ok=True)
+        self._manager.reload()
 
     def _digest_path(self, step: int) -> pathlib.Path:
         return self.directory / f"{step}.sha256.json"
@@ -158,6 +168,12 @@ class Handoff:
 def handoff_path(workdir: pathlib.Path) -> pathlib.Path:
     """Where a finished run keeps its hand-off."""
     return pathlib.Path(workdir).absolute() / "handoff"
+
+
+def handoff_identity(workdir: str | pathlib.Path) -> str | None:
+    """SHA-256 of what a finished run left, or None where there is no hand-off: a run made from it records this."""
+    digests = handoff_path(pathlib.Path(workdir)) / "digests.json"
+    return _sha256(digests) if digests.exists() else None
 
 
 def is_finished(workdir: pathlib.Path) -> bool:

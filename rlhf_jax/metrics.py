@@ -1,8 +1,8 @@
 """Typed metrics that merge exactly, and the files they are written to. Imports masking only.
 
-A metric is a ``WeightedSum`` (reported as total / weight) or a ``Maximum``. Metrics of micro-batches, devices and
-steps merge by adding totals and weights, never by averaging averages, so a reported mean does not depend on how the
-work was split. Merging over steps happens on the host in float64, in step order.
+A metric is a ``WeightedSum`` (reported as total / weight), a ``Maximum`` or a ``Total``. Metrics of
+micro-batches, devices and steps merge by adding totals and weights, never by averaging averages, so a reported
+mean does not depend on how the work was split. Merging over steps happens on the host in float64, in step order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,19 @@ class Maximum:
         return Maximum(jnp.maximum(self.value, other.value))
 
 
-Metrics = Mapping[str, WeightedSum | Maximum]
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Total:
+    """A metric that is summed, not averaged: a count over whatever was merged. ``value``: [] float32."""
+
+    value: jax.Array
+
+    def __add__(self, other: Total) -> Total:
+        return Total(self.value + other.value)
+
+
+Metric = WeightedSum | Maximum | Total
+Metrics = Mapping[str, Metric]
 
 
 def mean_of(values) -> WeightedSum:
@@ -40,7 +52,12 @@ def mean_of(values) -> WeightedSum:
     return WeightedSum(values.sum(), jnp.float32(values.size))
 
 
-def merge(first: Metrics, second: Metrics) -> dict[str, WeightedSum | Maximum]:
+def count(mask) -> Total:
+    """The metric that counts the True entries of ``mask`` (any shape)."""
+    return Total(jnp.asarray(mask).sum().astype(jnp.float32))
+
+
+def merge(first: Metrics, second: Metrics) -> dict[str, Metric]:
     """Merges two sets of metrics name by name; inside or outside of ``jit``."""
     merged = dict(first)
     for name, metric in second.items():
@@ -48,7 +65,7 @@ def merge(first: Metrics, second: Metrics) -> dict[str, WeightedSum | Maximum]:
     return merged
 
 
-def merge_over_axis(metrics: Metrics, axis_name: str) -> dict[str, WeightedSum | Maximum]:
+def merge_over_axis(metrics: Metrics, axis_name: str) -> dict[str, Metric]:
     """Merges metrics over a mapped device axis (``pmap``, ``shard_map``)."""
 
     def over_axis(metric):
@@ -64,12 +81,15 @@ class Accumulator:
 
     sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     maxima: dict[str, float] = dataclasses.field(default_factory=dict)
+    totals: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add(self, metrics: Metrics) -> None:
         for name, metric in jax.device_get(dict(metrics)).items():
             if isinstance(metric, Maximum):
                 # np.maximum and not max, which would hide a NaN.
                 self.maxima[name] = float(np.maximum(self.maxima.get(name, -np.inf), metric.value))
+            elif isinstance(metric, Total):
+                self.totals[name] = self.totals.get(name, 0.0) + float(metric.value)
             else:
                 total, weight = self.sums.get(name, (0.0, 0.0))
                 self.sums[name] = [total + float(metric.total), weight + float(metric.weight)]
@@ -77,14 +97,15 @@ class Accumulator:
     def values(self) -> dict[str, float]:
         """The reported number of every metric; a mean over nothing is 0."""
         means = {name: (total / weight if weight else 0.0) for name, (total, weight) in self.sums.items()}
-        return means | self.maxima
+        return means | self.maxima | self.totals
 
     def to_json(self) -> dict:
-        return {"sums": self.sums, "maxima": self.maxima}
+        return {"sums": self.sums, "maxima": self.maxima, "totals": self.totals}
 
     @classmethod
     def from_json(cls, saved: Mapping) -> Accumulator:
-        return cls(sums={k: list(v) for k, v in saved["sums"].items()}, maxima=dict(saved["maxima"]))
+        sums = {name: list(sum_and_weight) for name, sum_and_weight in saved["sums"].items()}
+        return cls(sums=sums, maxima=dict(saved["maxima"]), totals=dict(saved["totals"]))
 
 
 class MetricsWriter:

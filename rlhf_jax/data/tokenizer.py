@@ -133,14 +133,21 @@ def decode(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
     reader or from a reward that looks at text.
     """
     ids = [int(i) for i in ids]
-    if ids and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
     if ids and ids[0] == tokenizer.bos_token_id:
         ids = ids[1:]
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return _text(tokenizer, ids)
 
 
 def decode_rows(tokenizer: PreTrainedTokenizerFast, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """The text of each row of ``tokens`` [B, T] where ``mask`` [B, T] is True."""
+    """The text of each response in ``tokens`` [B, T] where ``mask`` [B, T] is True; one last EOS is dropped.
+
+    A BOS at its start was said by the policy, so that it stays visible.
+    """
     tokens, mask = np.asarray(tokens), np.asarray(mask, bool)
-    return [decode(tokenizer, row[kept]) for row, kept in zip(tokens, mask, strict=True)]
+    return [_text(tokenizer, row[kept].tolist()) for row, kept in zip(tokens, mask, strict=True)]
+
+
+def _text(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -24,7 +24,7 @@ def reliability(margins: np.ndarray, num_bins: int = 10) -> list[dict[str, float
     return [
         {
             "confidence": float(np.mean(1.0 / (1.0 + np.exp(-np.abs(margins[part]))))),
-            "accuracy": float(np.mean(margins[part] > 0)),
+            "accuracy": float(np.mean((1 + np.sign(margins[part])) / 2)),  # a tie is half right
             "count": int(part.size),
         }
         for part in bins

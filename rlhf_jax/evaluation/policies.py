@@ -138,7 +138,9 @@ def summarize(samples: Sequence[Sample]) -> dict[str, float]:
     }
     if all(s.gold is not None for s in samples):
         gold = np.array([s.gold for s in samples])
-        values |= {"gold": float(gold.mean()), "gold_std": float(gold.std(ddof=1))}
+        values["gold"] = float(gold.mean())
+        if len(samples) > 1:
+            values["gold_std"] = float(gold.std(ddof=1))
     return values
 
 

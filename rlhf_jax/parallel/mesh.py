@@ -56,7 +56,7 @@ def compile_step(
     mesh: jax.sharding.Mesh,
     parallelism: Parallelism,
 ) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
-    """Compiles ``step(state, frozen, batch) -> (state, metrics)`` for the mesh; the state's buffers are donated.
+    """Compiles ``step(state, frozen, batch) -> (state, metrics)`` for the mesh; ``jit`` donates the state.
 
     Args:
       make_step: builds the pure step; its argument is the mapped axis name under ``pmap``, None under ``jit``.

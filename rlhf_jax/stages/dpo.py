@@ -18,8 +18,7 @@ import numpy as np
 from rlhf_jax.data import batches
 from rlhf_jax.errors import check_range
 from rlhf_jax.losses import dpo_loss, implicit_rewards, sequence_log_probs
-from rlhf_jax.masking import WeightedSum
-from rlhf_jax.metrics import mean_of
+from rlhf_jax.metrics import count, mean_of
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import inputs
@@ -81,13 +80,12 @@ def make_objective(model: ModelConfig, *, beta: float, label_smoothing: float = 
         )
         reward_chosen = implicit_rewards(chosen, ref_chosen, beta=beta)
         reward_rejected = implicit_rewards(rejected, ref_rejected, beta=beta)
-        tokens = batch.chosen.token_mask.sum() + batch.rejected.token_mask.sum()
         metrics = {
             "accuracy": mean_of(reward_chosen > reward_rejected),
             "margin": mean_of(reward_chosen - reward_rejected),
             "reward_chosen": mean_of(reward_chosen),
             "reward_rejected": mean_of(reward_rejected),
-            "tokens": WeightedSum(tokens.astype(jnp.float32), jnp.float32(1)),
+            "tokens": count(batch.chosen.token_mask) + count(batch.rejected.token_mask),
         }
         return {"dpo": mean_of(losses)}, metrics
 

@@ -23,7 +23,7 @@ from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.evaluation import policies
 from rlhf_jax.masking import WeightedSum
-from rlhf_jax.metrics import Maximum, mean_of, merge
+from rlhf_jax.metrics import Maximum, count, mean_of, merge
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model
@@ -63,9 +63,10 @@ class Config:
     clip_high: the ratio stays in [1 - low, 1 + high]. value_clip: the same for values, in reward units.
     value_coefficient: weight of the value loss. entropy_coefficient: weight of an entropy bonus.
     missing_eos_score: replaces the reward of a response that never ended; None keeps it. early_stop_kl: an
-    iteration's updates end once KL(old || new) per token exceeds it; 0 never. temperature, top_k, top_p: of
-    sampling. num_eval_prompts: held-out prompts sampled at every evaluation. eval_responses_per_prompt: responses to
-    each of them; more than one where prompts are few.
+    iteration's updates end once KL(old || new) per token exceeds it; 0 never. temperature: of sampling, and of every
+    log-prob; nothing is truncated, so that samples come from the very policy that is scored. num_eval_prompts:
+    held-out prompts sampled at every evaluation. eval_responses_per_prompt: responses to each of them; more than
+    one where prompts are few.
     """
 
     seed: int = 0
@@ -89,8 +90,6 @@ class Config:
     missing_eos_score: float | None = None
     early_stop_kl: float = 0.0
     temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
 
@@ -101,14 +100,21 @@ class Config:
         check_range(self, "gamma", "lam", "clip_low", at_least=0, at_most=1)
         check_range(self, "clip_high", at_least=0)
         check_range(self, "value_clip", above=0)
+        if self.adaptive_kl_target and not self.beta:
+            raise InputError(
+                "config.beta is 0, which adaptive_kl_target cannot steer; start from a beta above 0"
+            )
+        if self.adaptive_kl_target and self.adaptive_kl_horizon <= 0.2 * self.batch_size:
+            raise InputError(
+                f"config.adaptive_kl_horizon is {self.adaptive_kl_horizon}; one step could take beta to 0: "
+                f"give more than 0.2 * batch_size ({0.2 * self.batch_size:g})"
+            )
 
     @property
     def sampling(self) -> SamplingConfig:
         return SamplingConfig(
             max_new_tokens=self.data.response_length,
             temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
         )
 
 
@@ -201,7 +207,7 @@ def make_prepare(model: ModelConfig, reward_config: ModelConfig, reward_offset: 
             "value_explained_variance": mean_of(1.0 - unexplained / jnp.maximum(variance, 1e-8)),
             # The sampler and the trainer are two programs; this is how far they disagree on the same tokens.
             "sampler_gap": Maximum(jnp.max(jnp.where(mask, jnp.abs(rollout.log_probs - log_probs), 0.0))),
-            "tokens": WeightedSum(rollout.token_mask.sum().astype(jnp.float32), jnp.float32(1)),
+            "tokens": count(rollout.token_mask),
         }
         return batch, metrics
 

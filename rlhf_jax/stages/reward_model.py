@@ -21,8 +21,7 @@ from rlhf_jax.data import batches, readers, world
 from rlhf_jax.errors import check_range
 from rlhf_jax.evaluation import calibration
 from rlhf_jax.losses import bradley_terry_loss
-from rlhf_jax.masking import WeightedSum
-from rlhf_jax.metrics import mean_of
+from rlhf_jax.metrics import count, mean_of
 from rlhf_jax.models import heads
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
@@ -43,7 +42,7 @@ from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig
 from rlhf_jax.types import PreferenceBatch
 
-# Chosen training responses whose mean reward becomes the offset.
+# The first so many training pairs: the mean reward of their chosen responses becomes the offset.
 NUM_REFERENCE_RESPONSES = 1024
 
 
@@ -85,7 +84,7 @@ def make_objective(
         metrics = {
             "accuracy": mean_of(chosen > rejected),
             "margin": mean_of(chosen - rejected),
-            "tokens": WeightedSum(both.token_mask.sum().astype(jnp.float32), jnp.float32(1)),
+            "tokens": count(both.token_mask),
         }
         return {"bradley_terry": mean_of(losses)}, metrics
 
@@ -146,7 +145,7 @@ def run(
     def evaluate(params) -> Mapping[str, float]:
         chosen, rejected = score_held_out(params)
         return {
-            "eval/accuracy": float(np.mean(chosen > rejected)),
+            "eval/accuracy": float(np.mean((1 + np.sign(chosen - rejected)) / 2)),  # a tie is half right
             "eval/loss": float(np.mean(np.logaddexp(0.0, rejected - chosen))),
         }
 

@@ -76,7 +76,7 @@ def open_run(
     description = {
         "stage": stage,
         "config": dataclasses.asdict(config),
-        "inputs": {name: str(pathlib.Path(path).absolute()) for name, path in inputs.items()},
+        "inputs": {name: _identity(path) for name, path in inputs.items()},
     }
     path = workdir / "config.json"
     try:
@@ -96,6 +96,19 @@ def open_run(
             f"cannot write to workdir {workdir}: {error.strerror}; give a writable one"
         ) from error
     return Run(workdir=workdir, stage=stage, mesh=meshes.data_mesh(), parallelism=parallelism, stop=stop)
+
+
+def _identity(path: str) -> dict[str, str | None]:
+    """Where an input lies and, for a hand-off, what it was: an input that was made anew is another input."""
+    return {"path": str(pathlib.Path(path).absolute()), "handoff": checkpoints.handoff_identity(path)}
+
+
+def changed_inputs(workdir: pathlib.Path) -> list[str]:
+    """Names of the inputs of a run whose hand-offs are no longer those it was made from."""
+    inputs = _description(workdir / "config.json")["inputs"]
+    return [
+        name for name, was in inputs.items() if checkpoints.handoff_identity(was["path"]) != was["handoff"]
+    ]
 
 
 # What there is to lose in a run's directory.

@@ -12,13 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from rlhf_jax import masking
 from rlhf_jax.data import batches, world
 from rlhf_jax.errors import InputError, check_range
-from rlhf_jax.masking import WeightedSum
-from rlhf_jax.metrics import Accumulator
+from rlhf_jax.metrics import Accumulator, count
 from rlhf_jax.models import decoder
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
@@ -85,7 +83,7 @@ def make_objective(model: ModelConfig):
         metrics = {
             "nll": nll,
             "entropy": masking.token_mean(entropy, batch.response_mask),
-            "tokens": WeightedSum(batch.token_mask.sum().astype(jnp.float32), jnp.float32(1)),
+            "tokens": count(batch.token_mask),
         }
         return {"likelihood": nll}, metrics
 

@@ -98,7 +98,9 @@ def fit(
                 row = row | dict(evaluate(state))
             if row:
                 writer.write(done, row)
-            if done % schedule.save_every == 0 or done == schedule.num_steps:
+            # A state whose last update was not finite is not worth coming back to.
+            sound = skipped_updates is None or not int(skipped_updates(state))
+            if sound and (done % schedule.save_every == 0 or done == schedule.num_steps):
                 checkpoints.save(done, state, batches, {"pending": pending.to_json()})
                 saved = done
         if stop.requested is not None and done < schedule.num_steps:
@@ -127,5 +129,5 @@ def _check_guard(state, skipped_updates, done, directory, saved) -> None:
         kept = "no checkpoint was saved yet" if saved is None else f"step {saved} is saved in {directory}"
         raise InputError(
             f"loss or gradient was not finite in the last {skipped} updates, up to step {done}; {kept}; "
-            "lower --config.optimizer.learning_rate or look at the data"
+            "lower --config.optimizer.learning_rate in another --workdir, or look at the data"
         )

@@ -74,6 +74,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, ladder
         sft.run(SFT, tmp_path / "run", stop=StopAfter(3))
     newest = tmp_path / "run" / "checkpoints" / "3"
     hurt(newest, damage)
+    with pytest.raises(Interrupted):
+        sft.run(SFT, tmp_path / "run", stop=StopAfter(1))
+    # Resumed from 2 (saved by schedule), and stopped at 3 again: the damaged one is out of the way.
+    assert newest.with_name("damaged.3").exists() and newest.exists()
     sft.run(SFT, tmp_path / "run", stop=StopRequest())
     assert any(
         str(newest) in record.getMessage() and "damaged" in record.getMessage() for record in caplog.records

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 
 from rlhf_jax import checkpoints
 from rlhf_jax.errors import InputError
-from rlhf_jax.metrics import read_metrics
+from rlhf_jax.metrics import mean_of, read_metrics
 from rlhf_jax.stages import dpo, evaluate, ppo, reward_model, sft
+from rlhf_jax.stages.run_directory import changed_inputs
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
 
@@ -138,11 +140,55 @@ def test_adaptive_beta_follows_the_observed_kl(ladder, tmp_path):
         assert math.isclose(betas[i + 1], betas[i] * (1 + error * PPO.batch_size / 100), rel_tol=1e-5)
 
 
-def test_early_stop_on_kl_ends_the_updates_of_an_iteration(ladder, tmp_path):
-    config = dataclasses.replace(PPO, schedule=Schedule(num_steps=2), early_stop_kl=1e-9, num_minibatches=1)
-    ppo.run(config, tmp_path, init_from=ladder.sft, reward_from=ladder.reward_model, stop=STOP)
-    for row in rows_of(tmp_path)[1:]:
-        assert row["early_stops"] == 1
+@pytest.mark.parametrize(("limit", "updates"), [(0.25, 3), (10.0, 4)])
+def test_early_stop_on_kl_ends_the_updates_of_an_iteration(limit, updates):
+    """A step whose KL grows by 0.1 an update: with a limit of 0.25 the third is the last of four."""
+    taken = []
+
+    def train_step(state, frozen, batch):
+        taken.append(batch)
+        return state, {"approx_kl": mean_of(0.1 * len(taken))}
+
+    config = dataclasses.replace(PPO, num_epochs=4, num_minibatches=1, early_stop_kl=limit)
+    _, metrics = ppo._update(None, "rollouts", jax.random.key(0), train_step, config)
+    assert len(taken) == updates
+    assert float(metrics["early_stops"].total) == (updates == 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"adaptive_kl_horizon": 3}, "adaptive_kl_horizon is 3.*give more than 0.2 \\* batch_size"),
+        ({"beta": 0.0}, "beta is 0, which adaptive_kl_target cannot steer"),
+    ],
+)
+def test_a_controller_that_could_not_control_is_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(PPO, **change)
+
+
+def test_a_run_made_from_another_start_is_refused(ladder, tmp_path):
+    """The start was trained anew in the same place: what was made from the old one is not resumed from the new."""
+    shutil.copytree(ladder.sft, tmp_path / "sft")
+    config = dataclasses.replace(DPO, schedule=ONE_STEP)
+    dpo.run(config, tmp_path / "dpo", init_from=str(tmp_path / "sft"), stop=STOP)
+    assert changed_inputs(tmp_path / "dpo") == []
+    shutil.rmtree(tmp_path / "sft")
+    sft.run(dataclasses.replace(SFT, seed=1, schedule=ONE_STEP), tmp_path / "sft", stop=STOP)
+    assert changed_inputs(tmp_path / "dpo") == ["init_from"]
+    with pytest.raises(InputError, match=r"another config \(inputs.init_from.handoff"):
+        dpo.run(config, tmp_path / "dpo", init_from=str(tmp_path / "sft"), stop=STOP)
+
+
+def test_metrics_do_not_depend_on_the_split(ladder, tmp_path):
+    rows = []
+    for parts in (1, 2):
+        config = dataclasses.replace(SFT, schedule=ONE_STEP, num_microbatches=parts)
+        sft.run(config, tmp_path / str(parts), stop=STOP)
+        rows.append(rows_of(tmp_path / str(parts))[1])
+    assert set(rows[0]) == set(rows[1])
+    for name in rows[0]:
+        assert math.isclose(rows[0][name], rows[1][name], rel_tol=1e-5), name
 
 
 def test_an_unfinished_response_gets_the_score_that_the_config_says(ladder, tmp_path):
