@@ -88,7 +88,9 @@ def test_a_damaged_bundle_is_named_and_the_one_before_it_used(damage, tmp_path, 
     step, state, *_ = restore(tmp_path)
     assert step == 2 and float(state["w"][0, 0]) == 2.0
     assert any(f"{folder / '3'} is damaged" in record.getMessage() for record in caplog.records)
-    assert (folder / "3").exists(), "nothing is deleted"
+    assert (folder / "damaged.3" / "state").exists(), "nothing is deleted"
+    save_steps(tmp_path, [3])
+    assert restore(tmp_path)[0] == 3, "the step can be saved again"
 
 
 def test_find_damage(tmp_path):
