@@ -18,7 +18,7 @@ def get_config():
     world = WorldConfig(
         length_bias=0.15,
         num_demonstrations=32768,
-        num_preferences=32768,
+        num_preferences=49152,
         num_eval_preferences=8192,
         num_eval_prompts=512,
     )
@@ -34,7 +34,7 @@ def get_config():
     config.reward_model = own_fields(
         reward_model.Config(
             optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, b2=0.99),
-            schedule=Schedule(num_steps=700, eval_every=350, save_every=350),
+            schedule=Schedule(num_steps=1000, eval_every=500, save_every=500),
         )
     )
     config.dpo = own_fields(
