@@ -96,9 +96,9 @@ class Config:
     def __post_init__(self) -> None:
         counts = ("batch_size", "num_epochs", "num_minibatches", "num_microbatches", "num_eval_prompts")
         check_range(self, *counts, "eval_responses_per_prompt", "adaptive_kl_horizon", at_least=1)
-        check_range(self, "beta", "adaptive_kl_target", "early_stop_kl", "value_coefficient", at_least=0)
+        check_range(self, "beta", "adaptive_kl_target", "early_stop_kl", "clip_high", at_least=0)
         check_range(self, "gamma", "lam", "clip_low", at_least=0, at_most=1)
-        check_range(self, "clip_high", at_least=0)
+        check_range(self, "value_coefficient", at_least=0)
         check_range(self, "value_clip", above=0)
         if self.adaptive_kl_target and not self.beta:
             raise InputError(
@@ -264,7 +264,7 @@ def _update(train: TrainState, batch: PolicyBatch, key: jax.Array, train_step: C
             minibatch = batch if config.num_minibatches == 1 else jax.tree.map(lambda x: x[part], batch)  # noqa: B023
             train, found = train_step(train, {}, minibatch)
             metrics = merge(metrics, found)
-            if config.early_stop_kl and _mean(found["approx_kl"]) > config.early_stop_kl:
+            if config.early_stop_kl and found["approx_kl"].mean() > config.early_stop_kl:
                 return train, metrics | {"early_stops": mean_of(1.0)}
     return train, metrics | ({"early_stops": mean_of(0.0)} if config.early_stop_kl else {})
 
@@ -361,10 +361,6 @@ def run(
 
 def _scaled(term: WeightedSum, factor: float) -> WeightedSum:
     return WeightedSum(factor * term.total, term.weight)
-
-
-def _mean(metric: WeightedSum) -> float:
-    return float(metric.total) / float(metric.weight)
 
 
 def _check_split(config: Config, run: Run) -> None:
