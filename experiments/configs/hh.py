@@ -4,9 +4,9 @@ Command: python -m experiments.quickstart --workdir=runs/hh --config=experiments
     --config.model.path=<Hugging Face directory> --config.data.path=<hh_harmless_base_test.jsonl.gz>
     --config.data.on_bad_row=skip
 
-Sized for a model of 260 thousand parameters and 512 tokens (stories260K): 2 minutes on two shared cores. Expect with it:
-held-out perplexity 22.6 -> 10.4; reward model 0.530 on 462 unseen pairs, where "the longer one wins" has 0.457 and so
-"the shorter one wins" 0.543. 4 rows are unreadable; 1,813 pairs are cut. docs/real_input.md says more.
+Sized for a model of 260 thousand parameters and 512 tokens (stories260K): 2 minutes on two shared cores. Expect with
+it: held-out perplexity 22.6 -> 10.4; reward model 0.530 on 462 unseen pairs, where "the longer one wins" has 0.457 and
+so "the shorter one wins" 0.543. 4 rows are unreadable; 1,813 pairs are cut. docs/real_input.md says more.
 """
 
 from experiments.configs import arguments
