@@ -16,7 +16,7 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 
 def get_config():
     world = WorldConfig(
-        length_bias=0.15,
+        length_bias=0.1,
         num_demonstrations=32768,
         num_preferences=49152,
         num_eval_preferences=8192,
