@@ -24,8 +24,8 @@ def test_unequal_bins_weigh_by_their_pairs():
     assert expected_calibration_error(curve) == pytest.approx((2 * 0.25 + 1 * 0.1) / 3)
 
 
-def test_a_tie_is_half_sure_and_wrong():
-    assert reliability([0.0]) == [{"confidence": 0.5, "accuracy": 0.0, "count": 1}]
+def test_a_tie_is_half_sure_and_half_right():
+    assert reliability([0.0]) == [{"confidence": 0.5, "accuracy": 0.5, "count": 1}]
 
 
 def test_fewer_pairs_than_bins_give_a_bin_each():
