@@ -143,7 +143,8 @@ def gold_components(prompt: str, response: str, terminated: bool = True) -> dict
 
 def gold_reward(prompt: str, response: str, terminated: bool = True) -> float:
     """What the response is truly worth to the one who asked, at most 5.5: the sum of `gold_components`."""
-    return sum(gold_components(prompt, response, terminated).values())
+    # fsum and not sum, which rounds otherwise from Python 3.12 on: rows are the same on every version.
+    return math.fsum(gold_components(prompt, response, terminated).values())
 
 
 def _uniforms(rng: np.random.Generator) -> Iterator[float]:
