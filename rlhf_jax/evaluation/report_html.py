@@ -59,6 +59,7 @@ def paragraph(content: str, kind: str = "") -> str:
 
 
 def hue(look: Look) -> str:
+    """The style attribute that gives an element its policy's colour."""
     return f'style="--hue: var(--{look.css})"'
 
 
@@ -68,6 +69,7 @@ def named(label: str, look: Look) -> str:
 
 
 def legend(entries: Iterable[tuple[str, Look]]) -> str:
+    """One line of markers with their labels."""
     return (
         '<p class="legend">'
         + "".join(f"<span>{named(label, look)}</span>" for label, look in entries)
@@ -96,6 +98,7 @@ def figure(drawing: Figure, *, name: str, title: str, caption: str) -> str:
 
 
 def figures(drawn: Iterable[str], kind: str = "") -> str:
+    """Drawings side by side; nothing where there is none."""
     found = "\n".join(drawn)
     return f'<div class="figures {kind}">\n{found}\n</div>' if found else ""
 
@@ -106,4 +109,5 @@ def folded(title: str, aside: str, content: str) -> str:
 
 
 def as_json(value: Mapping[str, Any]) -> str:
+    """A mapping as escaped, indented JSON."""
     return f"<pre>{text(json.dumps(value, indent=1))}</pre>"
