@@ -25,6 +25,7 @@ from benchmarks.shapes import SIZES
 from rlhf_jax.models import decoder, heads
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.rewards import reward_model as rewards
 from rlhf_jax.sampling.generate import SamplingConfig, generate
 from rlhf_jax.stages import dpo, ppo, reward_model, sft
 from rlhf_jax.stages.inputs import DataConfig
@@ -118,14 +119,16 @@ def ppo_iteration(model, params, scored, prompts, sample, batch, seq, new):
         beta=jax.numpy.float32(config.beta),
         iteration=jax.numpy.zeros((), jax.numpy.int32),
     )
+    score = jax.jit(lambda params, rollout: rewards.score(model, params, rollout))
     iterate = ppo.make_iteration(
         config=config,
         rollout=lambda policy, rows, key, step: sample(policy, rows["tokens"], rows["token_mask"], key),
-        prepare=jax.jit(ppo.make_prepare(model, model, 0.0, config)),
+        reward=lambda rollout, index: score(scored, rollout),
+        prepare=jax.jit(ppo.make_prepare(model, model, config)),
         train_step=meshes.compile_step(
             lambda axis: make_train_step(objective, optimizer, axis_name=axis), meshes.data_mesh(), "jit"
         ),
-        frozen={"reference": params, "reward": scored},
+        reference=params,
         gold=None,
     )
     holder = {"state": state}

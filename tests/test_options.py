@@ -20,7 +20,7 @@ READERS = {
     sft.ModelSource: ("stages/sft.py",),
     reward_model.Config: ("stages/reward_model.py", "stages/supervised.py"),
     dpo.Config: ("stages/dpo.py", "stages/supervised.py"),
-    ppo.Config: ("stages/ppo.py",),
+    ppo.Config: ("stages/ppo.py", "stages/rollouts.py"),
     evaluate.Config: ("stages/evaluate.py",),
     inputs.DataConfig: ("stages/inputs.py",),
     Schedule: ("training/loop.py",),

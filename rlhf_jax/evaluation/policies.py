@@ -23,10 +23,11 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model
 from rlhf_jax.sampling.generate import SamplingConfig, generate
-from rlhf_jax.training.forward import response_hidden_states
+from rlhf_jax.training.forward import CHUNK_SIZE, response_hidden_states
 from rlhf_jax.types import Rollout
 
-GoldReward = Callable[[str, str, bool], float]
+# (rollout of B rows, the data row that each answers) -> rewards [B] float32.
+RowReward = Callable[[Rollout, Sequence[Any]], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,16 +47,14 @@ class Sample:
 class Judge:
     """What every policy of a run is measured with.
 
-    model: the shape shared by policy and reference. reference: params that KL is taken to. reward_config, reward,
-    reward_offset: the proxy. gold: the gold reward, or None. tokenizer: turns ids into text.
+    model: the shape shared by policy and reference. reference: params that KL is taken to. reward: the proxy.
+    gold: the gold reward, or None. tokenizer: turns ids into text.
     """
 
     model: ModelConfig
     reference: Any
-    reward_config: ModelConfig
-    reward: Any
-    reward_offset: float
-    gold: GoldReward | None
+    reward: RowReward
+    gold: RowReward | None
     tokenizer: Any
 
 
@@ -65,21 +64,50 @@ def response_texts(tokenizer: Any, rollout: Rollout) -> list[str]:
     return tokenizers.decode_rows(tokenizer, np.asarray(rollout.tokens)[:, -mask.shape[1] :], mask)
 
 
+def model_reward(config: ModelConfig, params: Any, offset: float) -> RowReward:
+    """The scores of a frozen reward model, minus ``offset``."""
+    score = jax.jit(lambda params, rollout: reward_model.score(config, params, rollout, offset=offset))
+    return lambda rollout, rows: score(params, rollout)
+
+
+def text_reward(tokenizer: Any, reward: Callable[[Any, str, bool], float]) -> RowReward:
+    """A reward of text, on the host: ``reward(data row, response, whether it ended by itself)`` -> float."""
+
+    def measure(rollout: Rollout, rows: Sequence[Any]) -> np.ndarray:
+        rollout = jax.device_get(rollout)
+        responses = response_texts(tokenizer, rollout)
+        return np.array(
+            [
+                reward(row, response, bool(ended))
+                for row, response, ended in zip(rows, responses, rollout.terminated, strict=True)
+            ],
+            np.float32,
+        )
+
+    return measure
+
+
 def sequence_full_kl(
     model: ModelConfig, policy: Any, reference: Any, rollout: Rollout, temperature: float
 ) -> jax.Array:
     """KL(policy || reference) of whole responses, [B] float32 nats, along sampled prefixes.
 
     The sum over positions of the exact KL between next-token distributions: the Rao-Blackwellised form of the
-    sum of log ratios, with the same expectation, less variance, and never negative.
+    sum of log ratios, with the same expectation, less variance, and never negative. Logits of ``CHUNK_SIZE``
+    positions are alive at once.
     """
-    logits = [
-        decoder.vocabulary_logits(
-            response_hidden_states(model, params, rollout), decoder.unembedding(model, params)
-        )
-        for params in (policy, reference)
-    ]
-    per_token = full_kl(logits[0] / temperature, logits[1] / temperature)
+    hidden = [response_hidden_states(model, params, rollout) for params in (policy, reference)]
+    unembeddings = [decoder.unembedding(model, params) for params in (policy, reference)]
+    rows, length, width = hidden[0].shape
+    chunk = min(CHUNK_SIZE, rows * length)
+    pad = -(rows * length) % chunk
+    chunks = [jnp.pad(x.reshape(-1, width), ((0, pad), (0, 0))).reshape(-1, chunk, width) for x in hidden]
+
+    def kl(states: tuple[jax.Array, jax.Array]) -> jax.Array:
+        logits = [decoder.vocabulary_logits(x, head) for x, head in zip(states, unembeddings, strict=True)]
+        return full_kl(logits[0][None] / temperature, logits[1][None] / temperature)[0]
+
+    per_token = jax.lax.map(kl, tuple(chunks)).reshape(-1)[: rows * length].reshape(rows, length)
     return jnp.where(rollout.response_mask, per_token, 0.0).sum(axis=1)
 
 
@@ -91,37 +119,36 @@ def make_sampler(judge: Judge, sampling: SamplingConfig, mesh: jax.sharding.Mesh
     eos_id, pad_id = tokenizers.eos_id(judge.tokenizer), tokenizers.pad_id(judge.tokenizer)
 
     @jax.jit
-    def rollout_and_measure(params, reference, reward, tokens, token_mask, key):
+    def rollout_and_measure(params, reference, tokens, token_mask, key):
         rollout = generate(
             judge.model, params, tokens, token_mask, key, sampling=sampling, eos_id=eos_id, pad_id=pad_id
         )
-        proxy = reward_model.score(judge.reward_config, reward, rollout, offset=judge.reward_offset)
-        kl = sequence_full_kl(judge.model, params, reference, rollout, sampling.temperature)
-        return rollout, proxy, kl
+        return rollout, sequence_full_kl(judge.model, params, reference, rollout, sampling.temperature)
 
     def sample(params: Any, encoded: batches.Encoded, key: jax.Array) -> list[Sample]:
         samples = []
-        for index, (batch, rows) in enumerate(batches.eval_batches(encoded, batch_size)):
+        for index, (batch, real) in enumerate(batches.eval_batches(encoded, batch_size)):
             tokens, token_mask = meshes.put_rows(mesh, (batch["tokens"], batch["token_mask"]))
-            rollout, proxy, kl = jax.device_get(
-                rollout_and_measure(
-                    params, judge.reference, judge.reward, tokens, token_mask, jax.random.fold_in(key, index)
-                )
+            rollout, kl = rollout_and_measure(
+                params, judge.reference, tokens, token_mask, jax.random.fold_in(key, index)
             )
+            rows = [encoded.rows[i].row for i in batch["index"]]
+            proxy = jax.device_get(judge.reward(rollout, rows))
+            gold = None if judge.gold is None else judge.gold(rollout, rows)
+            rollout, kl = jax.device_get((rollout, kl))
             responses = response_texts(judge.tokenizer, rollout)
-            for i in np.flatnonzero(rows):
-                prompt, ended = encoded.rows[len(samples)].row.prompt, bool(rollout.terminated[i])
-                samples.append(
-                    Sample(
-                        prompt=prompt,
-                        response=responses[i],
-                        proxy=float(proxy[i]),
-                        gold=None if judge.gold is None else judge.gold(prompt, responses[i], ended),
-                        kl=float(kl[i]),
-                        length=int(rollout.response_mask[i].sum()),
-                        terminated=ended,
-                    )
+            samples += [
+                Sample(
+                    prompt=rows[i].prompt,
+                    response=responses[i],
+                    proxy=float(proxy[i]),
+                    gold=None if gold is None else float(gold[i]),
+                    kl=float(kl[i]),
+                    length=int(rollout.response_mask[i].sum()),
+                    terminated=bool(rollout.terminated[i]),
                 )
+                for i in np.flatnonzero(real)
+            ]
         return samples
 
     return sample

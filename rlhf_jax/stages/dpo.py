@@ -24,13 +24,11 @@ from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import inputs
 from rlhf_jax.stages.run_directory import (
     Run,
-    check_context,
     leave_handoff,
     load_model,
     open_run,
-    write_data_report,
 )
-from rlhf_jax.stages.supervised import train
+from rlhf_jax.stages.supervised import encode_split, train
 from rlhf_jax.training.forward import concatenate_pairs, response_log_probs
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -138,12 +136,8 @@ def run(
     if run_.finished:
         return
     model = load_model(init_from, run_)
-    check_context(model, config.data.prompt_length + config.data.response_length)
     split = inputs.load_preferences(config.data)
-    encode = lambda rows: batches.encode_preferences(rows, model.tokenizer, **config.data.widths)  # noqa: E731
-    train_rows, train_report = encode(split.train)
-    held_out, held_out_report = encode(split.held_out)
-    write_data_report(run_, split.left_out, train=train_report, held_out=held_out_report)
+    train_rows, held_out = encode_split(run_, config.data, model, split, batches.encode_preferences)
 
     params = {"decoder": model.params["decoder"]}
     # The train step donates its params; the reference must keep buffers of its own.
@@ -157,7 +151,9 @@ def run(
         objective=make_objective(model.config, beta=config.beta, label_smoothing=config.label_smoothing),
         params=params,
         frozen=frozen,
-        iterator=batches.preference_batches(train_rows, batch_size=config.batch_size, seed=config.seed),
+        iterator=batches.preference_batches(
+            train_rows, batch_size=config.batch_size, seed=run_.data_seed(config.seed)
+        ),
         evaluate=evaluate,
         shown=("loss", "accuracy", "margin"),
     )

@@ -14,15 +14,15 @@ from rlhf_jax.errors import check_range
 from rlhf_jax.evaluation import policies
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import inputs
+from rlhf_jax.stages import inputs, rollouts
 from rlhf_jax.stages.run_directory import (
+    Purpose,
     check_same_family,
     check_scores,
     load_model,
     open_run,
     write_data_report,
 )
-from rlhf_jax.stages.supervised import EVALUATION_PURPOSE
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 
 SUMMARY = "summary.json"
@@ -90,15 +90,13 @@ def run(
     judge = policies.Judge(
         model=reference.config,
         reference={"decoder": reference.params["decoder"]},
-        reward_config=reward.config,
-        reward=reward.params,
-        reward_offset=float(reward.facts["reward_offset"]),
-        gold=inputs.gold_reward(config.data),
+        reward=rollouts.model_reward(reward),
+        gold=rollouts.gold_reward(config.data, reference.tokenizer),
         tokenizer=reference.tokenizer,
     )
     sampling = SamplingConfig(max_new_tokens=config.data.response_length, temperature=config.temperature)
     sample = policies.make_sampler(judge, sampling, run_.mesh, batch_size=config.batch_size)
-    key = jax.random.fold_in(jax.random.key(config.seed), EVALUATION_PURPOSE)
+    key = run_.key(config.seed, Purpose.EVALUATION)
 
     found: dict[str, Sequence[policies.Sample]] = {}
     for name, path in {"sft": reference_from, **policies_from}.items():

@@ -19,19 +19,18 @@ import numpy as np
 
 from rlhf_jax import losses, masking
 from rlhf_jax.data import batches
-from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.errors import InputError, check_range
-from rlhf_jax.evaluation import policies
 from rlhf_jax.masking import WeightedSum
-from rlhf_jax.metrics import Maximum, count, mean_of, merge
+from rlhf_jax.metrics import Maximum, count, mean_of
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model
-from rlhf_jax.sampling.generate import SamplingConfig, generate
-from rlhf_jax.stages import inputs
+from rlhf_jax.sampling.generate import SamplingConfig
+from rlhf_jax.stages import inputs, rollouts
 from rlhf_jax.stages.run_directory import (
     Model,
     Progress,
+    Purpose,
     Run,
     check_context,
     check_same_family,
@@ -39,17 +38,13 @@ from rlhf_jax.stages.run_directory import (
     leave_handoff,
     load_model,
     open_run,
-    write_data_report,
 )
-from rlhf_jax.stages.supervised import EVALUATION_PURPOSE, TRAIN_PURPOSE
 from rlhf_jax.training.forward import response_log_probs, response_values
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule, fit
 from rlhf_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlhf_jax.training.step import TrainState, init_train_state, make_train_step
-from rlhf_jax.types import PolicyBatch, Rollout
-
-ROLLOUT_PURPOSE, SHUFFLE_PURPOSE = 3, 4
+from rlhf_jax.types import PolicyBatch, Rollout, ScoredRollout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,20 +162,20 @@ def make_objective(model: ModelConfig, value_model: ModelConfig, config: Config)
     return objective
 
 
-def make_prepare(model: ModelConfig, reward_config: ModelConfig, reward_offset: float, config: Config):
-    """``prepare(params, frozen, rollout, beta) -> (PolicyBatch, metrics)``: everything an update holds constant.
+def make_prepare(model: ModelConfig, value_model: ModelConfig, config: Config):
+    """``prepare(params, reference, scored, beta) -> (PolicyBatch, metrics)``: everything an update holds constant.
 
-    ``frozen``: {"reference", "reward"}. Advantages are whitened here, over the whole batch of rollouts, once.
+    ``scored``: a ScoredRollout. Advantages are whitened here, over the whole batch of rollouts, once.
     """
 
-    def prepare(params: Any, frozen: Any, rollout: Rollout, beta: jax.Array):
+    def prepare(params: Any, reference: Any, scored: ScoredRollout, beta: jax.Array):
+        rollout = scored.rollout
         mask = rollout.response_mask
         log_probs, _ = response_log_probs(model, params["policy"], rollout, temperature=config.temperature)
-        reference, _ = response_log_probs(model, frozen["reference"], rollout, temperature=config.temperature)
-        values = response_values(reward_config, params["value"], rollout)
-        proxy = reward_model.score(reward_config, frozen["reward"], rollout, offset=reward_offset)
-        scores = reward_model.replace_unfinished(proxy, rollout.terminated, config.missing_eos_score)
-        kl = losses.kl_k1(log_probs, reference)
+        ref_log_probs, _ = response_log_probs(model, reference, rollout, temperature=config.temperature)
+        values = response_values(value_model, params["value"], rollout)
+        scores = reward_model.replace_unfinished(scored.scores, rollout.terminated, config.missing_eos_score)
+        kl = losses.kl_k1(log_probs, ref_log_probs)
         rewards = losses.kl_penalized_rewards(scores, kl, mask, beta=beta)
         advantages, returns = losses.generalized_advantage_estimation(
             rewards, values, mask, gamma=config.gamma, lam=config.lam
@@ -198,7 +193,7 @@ def make_prepare(model: ModelConfig, reward_config: ModelConfig, reward_offset: 
         variance = masking.masked_mean((returns - masking.masked_mean(returns, mask)) ** 2, mask)
         lengths = mask.sum(axis=1)
         metrics = {
-            "proxy": mean_of(proxy),
+            "proxy": mean_of(scored.scores),
             "score": mean_of(scores),
             "kl": mean_of(masking.masked_sum(kl, mask, axis=1)),
             "length": mean_of(lengths),
@@ -218,27 +213,30 @@ def make_iteration(
     *,
     config: Config,
     rollout: Callable[[Any, Any, jax.Array, jax.Array], Rollout],
+    reward: Callable[[Rollout, np.ndarray], jax.Array],
     prepare: Callable,
     train_step: Callable,
-    frozen: Any,
+    reference: Any,
     gold: Callable[[Rollout, np.ndarray], np.ndarray] | None,
 ) -> Callable[[PPOState, Mapping[str, np.ndarray]], tuple[PPOState, dict]]:
     """``iterate(state, prompts) -> (state, metrics)``: sample, score, and update; runs on the host over compiled parts.
 
-    ``gold(rollout, prompt rows) -> [B]`` is measured and never trained on.
+    ``reward(rollout, index of each row's prompt) -> [B]`` is what is optimised; ``gold``, of the same kind, is
+    measured and never trained on.
     """
 
     def iterate(state: PPOState, prompts: Mapping[str, np.ndarray]):
         key = jax.random.fold_in(state.train.key, state.iteration)
         sampled = rollout(
-            state.train.params["policy"], prompts, jax.random.fold_in(key, ROLLOUT_PURPOSE), state.train.step
+            state.train.params["policy"], prompts, jax.random.fold_in(key, Purpose.ROLLOUT), state.train.step
         )
-        batch, metrics = prepare(state.train.params, frozen, sampled, state.beta)
+        scored = ScoredRollout(rollout=sampled, scores=jnp.asarray(reward(sampled, prompts["index"])))
+        batch, metrics = prepare(state.train.params, reference, scored, state.beta)
         if gold is not None:
             metrics = metrics | {"gold": mean_of(gold(sampled, prompts["index"]))}
         observed_kl = metrics["kl"]
-        train, updates = _update(
-            state.train, batch, jax.random.fold_in(key, SHUFFLE_PURPOSE), train_step, config
+        train, updates = rollouts.update(
+            state.train, batch, jax.random.fold_in(key, Purpose.SHUFFLE), train_step, config
         )
         beta = state.beta
         if config.adaptive_kl_target:
@@ -253,20 +251,6 @@ def make_iteration(
         return state, metrics | updates
 
     return iterate
-
-
-def _update(train: TrainState, batch: PolicyBatch, key: jax.Array, train_step: Callable, config: Config):
-    """``num_epochs`` passes over the rollouts in fresh orders; ends early once the policy has moved too far."""
-    rows, metrics = config.batch_size // config.num_minibatches, {}
-    for epoch in range(config.num_epochs):
-        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), config.batch_size))
-        for part in order.reshape(config.num_minibatches, rows):
-            minibatch = batch if config.num_minibatches == 1 else jax.tree.map(lambda x: x[part], batch)  # noqa: B023
-            train, found = train_step(train, {}, minibatch)
-            metrics = merge(metrics, found)
-            if config.early_stop_kl and found["approx_kl"].mean() > config.early_stop_kl:
-                return train, metrics | {"early_stops": mean_of(1.0)}
-    return train, metrics | ({"early_stops": mean_of(0.0)} if config.early_stop_kl else {})
 
 
 def run(
@@ -296,32 +280,31 @@ def run(
     run_ = open_run(workdir, "ppo", config, inputs=where, parallelism=parallelism, stop=stop)
     if run_.finished:
         return
-    _check_split(config, run_)
+    rollouts.check_split(config, run_.mesh)
     model, reward = load_model(init_from, run_), load_model(reward_from, run_)
     check_same_family(model, reward)
     check_scores(reward)
-    for role in (model, reward):
-        check_context(role, config.data.prompt_length + config.data.response_length)
-    split = inputs.load_prompts(config.data)
-    encode = lambda rows: batches.encode_prompts(rows, model.tokenizer, **_prompt_widths(config.data))  # noqa: E731
-    encoded, report = encode(split.train)
-    held_out, held_out_report = encode(split.held_out[: config.num_eval_prompts])
-    write_data_report(run_, split.left_out, train=report, held_out=held_out_report)
-    texts = [prompt.row.prompt for prompt in encoded.rows]
-
-    offset = float(reward.facts["reward_offset"])
-    frozen = {"reference": {"decoder": model.params["decoder"]}, "reward": reward.params}
-    # Whole rounds over the prompts; a row's noise depends on its place, so a prompt's responses differ.
-    held_out = dataclasses.replace(held_out, rows=held_out.rows * config.eval_responses_per_prompt)
-    evaluate = _make_evaluate(config, run_, model, reward, offset, held_out)
+    check_context(reward, config.data.prompt_length + config.data.response_length)
+    encoded, held_out = rollouts.encode_prompts(
+        run_,
+        config.data,
+        model,
+        num_eval_prompts=config.num_eval_prompts,
+        responses_per_prompt=config.eval_responses_per_prompt,
+    )
+    proxy = rollouts.model_reward(reward)
+    gold = rollouts.gold_reward(config.data, model.tokenizer)
+    evaluate = rollouts.make_evaluate(run_, config, model, held_out, reward=proxy, gold=gold)
     optimizer = make_optimizer(
         config.optimizer, config.schedule.num_steps * config.num_epochs * config.num_minibatches
     )
     objective = make_objective(model.config, reward.config, config)
+    of_rows = lambda function: lambda rollout, index: function(rollout, rollouts.rows_of(encoded, index))  # noqa: E731
     iterate = make_iteration(
         config=config,
-        rollout=_make_rollout(config, run_, model),
-        prepare=jax.jit(make_prepare(model.config, reward.config, offset, config)),
+        rollout=rollouts.make_rollout(run_, model, config.sampling),
+        reward=of_rows(proxy),
+        prepare=jax.jit(make_prepare(model.config, reward.config, config)),
         train_step=meshes.compile_step(
             lambda axis: make_train_step(
                 objective, optimizer, num_microbatches=config.num_microbatches, axis_name=axis
@@ -329,22 +312,24 @@ def run(
             run_.mesh,
             parallelism,
         ),
-        frozen=frozen,
-        gold=_make_gold(config, model, texts),
+        reference={"decoder": model.params["decoder"]},
+        gold=None if gold is None else of_rows(gold),
     )
     progress = Progress("ppo", config.schedule.num_steps, ("proxy", "gold", "kl", "length"), line_every=10)
     try:
         state = fit(
             state=jax.device_put(
-                _init_state(config, model, reward, offset, optimizer), meshes.replicated(run_.mesh)
+                _init_state(config, run_, model, reward, optimizer), meshes.replicated(run_.mesh)
             ),
             step=iterate,
-            batches=batches.prompt_batches(encoded, batch_size=config.batch_size, seed=config.seed),
+            batches=batches.prompt_batches(
+                encoded, batch_size=config.batch_size, seed=run_.data_seed(config.seed)
+            ),
             schedule=config.schedule,
             workdir=run_.workdir,
             progress=progress,
             stop=stop,
-            evaluate=evaluate,
+            evaluate=lambda state: evaluate(state.train.params["policy"]),
             skipped_updates=lambda state: state.train.skipped,
         )
     finally:
@@ -363,98 +348,17 @@ def _scaled(term: WeightedSum, factor: float) -> WeightedSum:
     return WeightedSum(factor * term.total, term.weight)
 
 
-def _check_split(config: Config, run: Run) -> None:
-    parts = config.num_minibatches * config.num_microbatches
-    if config.batch_size % parts:
-        raise InputError(
-            f"config.batch_size is {config.batch_size}, which does not divide into "
-            f"num_minibatches={config.num_minibatches} times num_microbatches={config.num_microbatches}"
-        )
-    meshes.check_rows(
-        run.mesh, config.batch_size // parts, "config.batch_size / (minibatches x microbatches)"
-    )
-
-
-def _prompt_widths(data: inputs.DataConfig) -> dict[str, Any]:
-    return {"prompt_length": data.prompt_length, "truncation": data.truncation}
-
-
-def _init_state(config: Config, model: Model, reward: Model, offset: float, optimizer: Any) -> PPOState:
+def _init_state(config: Config, run: Run, model: Model, reward: Model, optimizer: Any) -> PPOState:
     """Copies, because an update donates its params and the frozen roles keep theirs."""
-    value_head = {"kernel": reward.params["head"]["kernel"], "bias": reward.params["head"]["bias"] - offset}
+    head = reward.params["head"]
+    value_head = {"kernel": head["kernel"], "bias": head["bias"] - float(reward.facts["reward_offset"])}
     params = {
         "policy": {"decoder": model.params["decoder"]},
         "value": {"decoder": reward.params["decoder"], "head": value_head},
     }
-    key = jax.random.fold_in(jax.random.key(config.seed), TRAIN_PURPOSE)
+    key = run.key(config.seed, Purpose.TRAIN)
     return PPOState(
         train=init_train_state(jax.tree.map(jnp.copy, params), optimizer, key),
         beta=jnp.float32(config.beta),
         iteration=jnp.zeros((), jnp.int32),
     )
-
-
-def _make_rollout(config: Config, run: Run, model: Model):
-    eos_id, pad_id = tokenizers.eos_id(model.tokenizer), tokenizers.pad_id(model.tokenizer)
-
-    @jax.jit
-    def sample(params, tokens, token_mask, key, step):
-        return generate(
-            model.config,
-            params,
-            tokens,
-            token_mask,
-            key,
-            sampling=config.sampling,
-            eos_id=eos_id,
-            pad_id=pad_id,
-            policy_step=step,
-        )
-
-    def rollout(params, prompts, key, step):
-        tokens, token_mask = meshes.put_rows(run.mesh, (prompts["tokens"], prompts["token_mask"]))
-        return sample(params, tokens, token_mask, key, step)
-
-    return rollout
-
-
-def _make_gold(config: Config, model: Model, texts: list[str]):
-    gold = inputs.gold_reward(config.data)
-    if gold is None:
-        return None
-
-    def measure(rollout: Rollout, rows: np.ndarray) -> np.ndarray:
-        rollout = jax.device_get(rollout)
-        responses = policies.response_texts(model.tokenizer, rollout)
-        return np.array(
-            [
-                gold(texts[row], response, bool(ended))
-                for row, response, ended in zip(rows, responses, rollout.terminated, strict=True)
-            ],
-            np.float32,
-        )
-
-    return measure
-
-
-def _make_evaluate(
-    config: Config, run: Run, model: Model, reward: Model, offset: float, held_out: batches.Encoded
-):
-    """The same held-out prompts with the same noise every time, so that evaluations differ by the policy alone."""
-    judge = policies.Judge(
-        model=model.config,
-        reference={"decoder": model.params["decoder"]},
-        reward_config=reward.config,
-        reward=reward.params,
-        reward_offset=offset,
-        gold=inputs.gold_reward(config.data),
-        tokenizer=model.tokenizer,
-    )
-    sample = policies.make_sampler(judge, config.sampling, run.mesh, batch_size=config.batch_size)
-    key = jax.random.fold_in(jax.random.key(config.seed), EVALUATION_PURPOSE)
-
-    def evaluate(state: PPOState) -> dict[str, float]:
-        found = policies.summarize(sample(state.train.params["policy"], held_out, key))
-        return {f"eval/{name}": value for name, value in found.items()}
-
-    return evaluate

@@ -28,14 +28,13 @@ from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model
 from rlhf_jax.stages import inputs
 from rlhf_jax.stages.run_directory import (
+    Purpose,
     Run,
-    check_context,
     leave_handoff,
     load_model,
     open_run,
-    write_data_report,
 )
-from rlhf_jax.stages.supervised import INIT_PURPOSE, train
+from rlhf_jax.stages.supervised import encode_split, train
 from rlhf_jax.training.forward import concatenate_pairs
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -131,23 +130,15 @@ def run(
     if run_.finished:
         return
     model = load_model(init_from, run_)
-    check_context(model, config.data.prompt_length + config.data.response_length)
     split = inputs.load_preferences(config.data)
-    encode = lambda rows: batches.encode_preferences(rows, model.tokenizer, **config.data.widths)  # noqa: E731
-    train_rows, train_report = encode(split.train)
-    held_out, held_out_report = encode(split.held_out)
-    write_data_report(run_, split.left_out, train=train_report, held_out=held_out_report)
+    train_rows, held_out = encode_split(run_, config.data, model, split, batches.encode_preferences)
 
-    head = heads.init_scalar_head(model.config, jax.random.fold_in(jax.random.key(config.seed), INIT_PURPOSE))
+    head = heads.init_scalar_head(model.config, run_.key(config.seed, Purpose.INIT))
     params = {"decoder": model.params["decoder"], "head": jax.device_put(head, meshes.replicated(run_.mesh))}
     score_held_out = make_pair_scorer(model.config, held_out, config.batch_size, run_)
 
     def evaluate(params) -> Mapping[str, float]:
-        chosen, rejected = score_held_out(params)
-        return {
-            "eval/accuracy": float(np.mean((1 + np.sign(chosen - rejected)) / 2)),  # a tie is half right
-            "eval/loss": float(np.mean(np.logaddexp(0.0, rejected - chosen))),
-        }
+        return _agreement(*score_held_out(params))
 
     params = train(
         run_,
@@ -160,15 +151,25 @@ def run(
         ),
         params=params,
         frozen={},
-        iterator=batches.preference_batches(train_rows, batch_size=config.batch_size, seed=config.seed),
+        iterator=batches.preference_batches(
+            train_rows, batch_size=config.batch_size, seed=run_.data_seed(config.seed)
+        ),
         evaluate=evaluate,
         shown=("loss", "accuracy", "margin"),
     )
     reference = dataclasses.replace(train_rows, rows=train_rows.rows[:NUM_REFERENCE_RESPONSES])
-    chosen, _ = make_pair_scorer(model.config, reference, config.batch_size, run_)(params)
-    facts = {"reward_offset": float(chosen.mean()), **evaluate(params)}
-    facts |= _compare([encoded.row for encoded in held_out.rows], *score_held_out(params), run_)
+    reference_rewards, _ = make_pair_scorer(model.config, reference, config.batch_size, run_)(params)
+    chosen, rejected = score_held_out(params)
+    facts = {"reward_offset": float(reference_rewards.mean()), **_agreement(chosen, rejected)}
+    facts |= _compare([encoded.row for encoded in held_out.rows], chosen, rejected, run_)
     leave_handoff(run_, config, model, params, made_from=[init_from], facts=facts)
+
+
+def _agreement(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, float]:
+    return {
+        "eval/accuracy": float(np.mean((1 + np.sign(chosen - rejected)) / 2)),  # a tie is half right
+        "eval/loss": float(np.mean(np.logaddexp(0.0, rejected - chosen))),
+    }
 
 
 def _compare(rows, chosen, rejected, run_: Run) -> dict[str, float]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import os
 import pathlib
 import sys
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +25,17 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages.config import differences
 from rlhf_jax.training.interrupt import StopRequest
+
+
+class Purpose(enum.IntEnum):
+    """What a stage's key is folded with; every draw comes from one of them and then an iteration, a row, a position."""
+
+    INIT = 0
+    TRAIN = 1
+    EVALUATION = 2
+    ROLLOUT = 3
+    SHUFFLE = 4
+    DATA = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +54,15 @@ class Run:
     @property
     def finished(self) -> bool:
         return checkpoints.is_finished(self.workdir)
+
+    def key(self, seed: int, purpose: Purpose) -> jax.Array:
+        """The typed key of one purpose of this stage; no other stage or purpose of the same seed has it."""
+        stage = jax.random.fold_in(jax.random.key(seed), zlib.crc32(self.stage.encode()))
+        return jax.random.fold_in(stage, purpose)
+
+    def data_seed(self, seed: int) -> int:
+        """The seed of this stage's shuffling, which NumPy does: a whole number below 2**32."""
+        return int(jax.random.bits(self.key(seed, Purpose.DATA)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

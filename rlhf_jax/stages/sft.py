@@ -23,14 +23,13 @@ from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import inputs
 from rlhf_jax.stages.run_directory import (
     Model,
+    Purpose,
     Run,
-    check_context,
     leave_handoff,
     load_model,
     open_run,
-    write_data_report,
 )
-from rlhf_jax.stages.supervised import train
+from rlhf_jax.stages.supervised import encode_split, train
 from rlhf_jax.training.forward import response_log_probs
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -145,13 +144,9 @@ def run(
     run_ = open_run(workdir, "sft", config, inputs={}, parallelism=parallelism, stop=stop)
     if run_.finished:
         return
-    model = init_model(config.model, config, run_, jax.random.fold_in(jax.random.key(config.seed), 0))
-    check_context(model, config.data.prompt_length + config.data.response_length)
+    model = init_model(config.model, config, run_, run_.key(config.seed, Purpose.INIT))
     split = inputs.load_demonstrations(config.data)
-    encode = lambda rows: batches.encode_demonstrations(rows, model.tokenizer, **config.data.widths)  # noqa: E731
-    train_rows, train_report = encode(split.train)
-    held_out, held_out_report = encode(split.held_out)
-    write_data_report(run_, split.left_out, train=train_report, held_out=held_out_report)
+    train_rows, held_out = encode_split(run_, config.data, model, split, batches.encode_demonstrations)
 
     evaluate = make_evaluator(model.config, held_out, config.batch_size, run_)
     params = train(
@@ -160,7 +155,9 @@ def run(
         objective=make_objective(model.config),
         params=model.params,
         frozen={},
-        iterator=batches.demonstration_batches(train_rows, batch_size=config.batch_size, seed=config.seed),
+        iterator=batches.demonstration_batches(
+            train_rows, batch_size=config.batch_size, seed=run_.data_seed(config.seed)
+        ),
         evaluate=evaluate,
         shown=("nll", "grad_norm"),
     )

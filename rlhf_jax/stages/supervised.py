@@ -1,4 +1,4 @@
-"""What the stages that learn from fixed rows share: compile the step, fit, return the params. Imports training."""
+"""What the stages that learn from fixed rows share: encode the rows, compile the step, fit. Imports training."""
 
 from __future__ import annotations
 
@@ -10,13 +10,33 @@ import jax
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.stages.run_directory import Progress, Run
+from rlhf_jax.stages import inputs
+from rlhf_jax.stages.run_directory import Model, Progress, Purpose, Run, check_context, write_data_report
 from rlhf_jax.training.loop import fit
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.step import Objective, init_train_state, make_train_step
 
-# Purposes that a stage's key is folded with; every draw of a run comes from one of them and a step or row.
-INIT_PURPOSE, TRAIN_PURPOSE, EVALUATION_PURPOSE = 0, 1, 2
+
+def encode_split(
+    run: Run, data: inputs.DataConfig, model: Model, split: inputs.Split, encode: Callable
+) -> tuple[Any, Any]:
+    """Training and held-out rows as ids, with a report of what was left out or cut kept in the run's directory.
+
+    Args:
+      run: the open run.
+      data: gives widths and truncation.
+      model: gives the tokenizer, and the context that rows must fit.
+      split: the rows.
+      encode: ``batches.encode_demonstrations`` or ``batches.encode_preferences``.
+
+    Raises:
+      InputError: a row that cannot be used, or widths beyond the model's context.
+    """
+    check_context(model, data.prompt_length + data.response_length)
+    train, train_report = encode(split.train, model.tokenizer, **data.widths)
+    held_out, held_out_report = encode(split.held_out, model.tokenizer, **data.widths)
+    write_data_report(run, split.left_out, train=train_report, held_out=held_out_report)
+    return train, held_out
 
 
 def train(
@@ -54,7 +74,7 @@ def train(
         run.mesh,
         run.parallelism,
     )
-    key = jax.random.fold_in(jax.random.key(config.seed), TRAIN_PURPOSE)
+    key = run.key(config.seed, Purpose.TRAIN)
     state = jax.device_put(init_train_state(params, optimizer, key), meshes.replicated(run.mesh))
     progress = Progress(run.stage, config.schedule.num_steps, shown, line_every=50)
     try:

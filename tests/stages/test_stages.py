@@ -13,10 +13,11 @@ import pytest
 from rlhf_jax import checkpoints
 from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import mean_of, read_metrics
-from rlhf_jax.stages import dpo, evaluate, ppo, reward_model, sft
+from rlhf_jax.stages import dpo, evaluate, ppo, reward_model, rollouts, sft
 from rlhf_jax.stages.run_directory import changed_inputs
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
+from rlhf_jax.training.optimizer import OptimizerConfig
 
 from .conftest import DATA, DPO, PPO, REWARD, SFT, WORLD
 
@@ -112,7 +113,8 @@ def test_pmap_and_micro_batches_give_the_update_of_jit(stage, ladder, tmp_path):
     """Over eight devices; micro-batches of the PPO minibatches too."""
 
     def run(name, parallelism, parts):
-        changes = {"schedule": Schedule(num_steps=2), "num_microbatches": parts}
+        optimizer = OptimizerConfig(learning_rate=1e-3, schedule="constant")
+        changes = {"schedule": Schedule(num_steps=3), "num_microbatches": parts, "optimizer": optimizer}
         start = {"stop": STOP, "parallelism": parallelism}
         if stage == "sft":
             sft.run(dataclasses.replace(SFT, **changes), tmp_path / name, **start)
@@ -127,7 +129,9 @@ def test_pmap_and_micro_batches_give_the_update_of_jit(stage, ladder, tmp_path):
     expected = run("jit", "jit", 1)
     for arguments in (("pmap", 1), ("jit", 2)):
         found = run(f"{arguments}", *arguments)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), expected, found)
+        far = jax.tree.map(lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(a)), expected, found)
+        # Adam divides a gradient by its own size: where one is nearly 0, rounding shows in single elements.
+        assert max(jax.tree.leaves(far)) < 1e-5, far
 
 
 def test_adaptive_beta_follows_the_observed_kl(ladder, tmp_path):
@@ -150,7 +154,7 @@ def test_early_stop_on_kl_ends_the_updates_of_an_iteration(limit, updates):
         return state, {"approx_kl": mean_of(0.1 * len(taken))}
 
     config = dataclasses.replace(PPO, num_epochs=4, num_minibatches=1, early_stop_kl=limit)
-    _, metrics = ppo._update(None, "rollouts", jax.random.key(0), train_step, config)
+    _, metrics = rollouts.update(None, "rollouts", jax.random.key(0), train_step, config)
     assert len(taken) == updates
     assert float(metrics["early_stops"].total) == (updates == 3)
 
