@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 
+from rlhf_jax.data.arithmetic import ArithmeticConfig
 from rlhf_jax.data.world import WorldConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.sampling.generate import SamplingConfig
@@ -26,6 +27,7 @@ READERS = {
     Schedule: ("training/loop.py",),
     OptimizerConfig: ("training/optimizer.py",),
     WorldConfig: ("data/world.py",),
+    ArithmeticConfig: ("data/arithmetic.py",),
     SamplingConfig: ("sampling/generate.py", "sampling/logits.py"),
     ModelConfig: ("models",),
 }

@@ -39,7 +39,8 @@ class Preference:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """Something to respond to."""
+    """Something to respond to; ``answer`` is what a verifier holds the response to, "" where there is none."""
 
     prompt: str
     source: str
+    answer: str = ""

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from rlhf_jax.data import readers, world
+from rlhf_jax.data import arithmetic, readers, world
 from rlhf_jax.data.rows import Demonstration, Preference, Prompt
 from rlhf_jax.errors import InputError
 
@@ -16,16 +16,18 @@ from rlhf_jax.errors import InputError
 class DataConfig:
     """Where rows come from and how they become fixed shapes.
 
-    path: a file of preferences or demonstrations; empty: the embedded world. format: what the file holds; SFT on a
-    file of preferences learns the chosen responses. world: the embedded world's settings, read when ``path`` is empty.
-    prompt_length, response_length: padded widths in tokens. truncation: what happens to a row that is longer.
+    path: a file of preferences or demonstrations; empty: what is embedded here. embedded: which of the two, the film
+    reviews of ``world`` or the sums of ``arithmetic``; the latter have no preferences. world, arithmetic: their
+    settings. format: what the file holds; SFT on a file of preferences learns the chosen responses. prompt_length, response_length: padded widths in tokens. truncation: what happens to a row that is longer.
     on_bad_row: whether an unusable row stops the run or is left out, counted and listed. held_out_fraction,
     split_seed: a file is split by group (topic, prompt), never by row; the world draws its held-out rows apart.
     """
 
     path: str = ""
     format: Literal["preferences", "demonstrations"] = "preferences"
+    embedded: Literal["reviews", "arithmetic"] = "reviews"
     world: world.WorldConfig = dataclasses.field(default_factory=world.WorldConfig)
+    arithmetic: arithmetic.ArithmeticConfig = dataclasses.field(default_factory=arithmetic.ArithmeticConfig)
     prompt_length: int = 16
     response_length: int = 48
     truncation: Literal["error", "drop", "keep_start", "keep_end"] = "error"
@@ -64,9 +66,10 @@ class Split:
 
 
 def load_demonstrations(config: DataConfig) -> Split:
-    """Rows of ``Demonstration``; the first tenth of the world's is held out."""
+    """Rows of ``Demonstration``; of what is embedded the first tenth is held out."""
     if not config.path:
-        rows = world.demonstrations(config.world)
+        reviews = config.embedded == "reviews"
+        rows = world.demonstrations(config.world) if reviews else arithmetic.demonstrations(config.arithmetic)
         cut = max(1, len(rows) // 10)
         return Split(train=rows[cut:], held_out=rows[:cut])
     if config.format == "demonstrations":
@@ -82,7 +85,15 @@ def load_demonstrations(config: DataConfig) -> Split:
 
 
 def load_preferences(config: DataConfig) -> Split:
-    """Rows of ``Preference``."""
+    """Rows of ``Preference``.
+
+    Raises:
+      InputError: the embedded arithmetic was asked for, which has none.
+    """
+    if not config.path and config.embedded == "arithmetic":
+        raise InputError(
+            "--config.data.embedded=arithmetic has no preferences; give --config.data.path=<file>, or 'reviews'"
+        )
     if not config.path:
         return Split(
             train=world.preferences(config.world, "train"), held_out=world.preferences(config.world, "eval")
@@ -94,6 +105,9 @@ def load_preferences(config: DataConfig) -> Split:
 
 def load_prompts(config: DataConfig) -> Split:
     """Rows of ``Prompt``, each prompt once; those of a preference file are split as its pairs are."""
+    if not config.path and config.embedded == "arithmetic":
+        train, held_out = (arithmetic.prompts(config.arithmetic, split) for split in ("train", "eval"))
+        return Split(train=train, held_out=held_out)
     if not config.path:
         return Split(train=world.prompts(config.world, "train"), held_out=world.prompts(config.world, "eval"))
     split = load_demonstrations(config)
@@ -101,8 +115,13 @@ def load_prompts(config: DataConfig) -> Split:
 
 
 def gold_reward(config: DataConfig) -> Callable[[str, str, bool], float] | None:
-    """The world's gold reward (prompt, response, terminated) -> float; None for files, which have none."""
-    return None if config.path else world.gold_reward
+    """The reviews' gold reward (prompt, response, terminated) -> float; None for anything else, which has none."""
+    return None if config.path or config.embedded != "reviews" else world.gold_reward
+
+
+def embedded_tokenizer(config: DataConfig) -> Any:
+    """The tokenizer of what is embedded, for fresh weights."""
+    return world.world_tokenizer() if config.embedded == "reviews" else arithmetic.arithmetic_tokenizer()
 
 
 def _split(rows: Sequence, config: DataConfig) -> tuple[Sequence, Sequence]:

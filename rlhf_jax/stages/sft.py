@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from rlhf_jax import masking
-from rlhf_jax.data import batches, world
+from rlhf_jax.data import batches
 from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.metrics import Accumulator, count
 from rlhf_jax.models import decoder
@@ -41,7 +41,7 @@ from rlhf_jax.types import DemonstrationBatch
 class ModelSource:
     """The model to start from: a Hugging Face directory (or a finished run), or fresh weights of a given shape.
 
-    path: the directory; empty: fresh weights over the embedded world's vocabulary. width, num_layers, num_heads,
+    path: the directory; empty: fresh weights over the vocabulary of what is embedded. width, num_layers, num_heads,
     num_kv_heads, mlp_width: the fresh model's shape, read when ``path`` is empty.
     """
 
@@ -117,7 +117,7 @@ def init_model(source: ModelSource, config: Config, run: Run, key: jax.Array) ->
             f"--config.data.path={config.data.path} needs a model that can read it; "
             "give --config.model.path=<directory>"
         )
-    tokenizer = world.world_tokenizer()
+    tokenizer = inputs.embedded_tokenizer(config.data)
     shape = ModelConfig(
         vocab_size=len(tokenizer),
         width=source.width,
