@@ -18,7 +18,8 @@ class DataConfig:
 
     path: a file of preferences or demonstrations; empty: what is embedded here. embedded: which of the two, the film
     reviews of ``world`` or the sums of ``arithmetic``; the latter have no preferences. world, arithmetic: their
-    settings. format: what the file holds; SFT on a file of preferences learns the chosen responses. prompt_length, response_length: padded widths in tokens. truncation: what happens to a row that is longer.
+    settings. format: what the file holds; SFT on a file of preferences learns the chosen responses.
+    prompt_length, response_length: padded widths in tokens. truncation: what happens to a row that is longer.
     on_bad_row: whether an unusable row stops the run or is left out, counted and listed. held_out_fraction,
     split_seed: a file is split by group (topic, prompt), never by row; the world draws its held-out rows apart.
     """
