@@ -27,7 +27,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model as rewards
 from rlhf_jax.sampling.generate import SamplingConfig, generate
-from rlhf_jax.stages import dpo, ppo, reward_model, sft
+from rlhf_jax.stages import dpo, ppo, reward_model, rollouts, sft
 from rlhf_jax.stages.inputs import DataConfig
 from rlhf_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlhf_jax.training.step import init_train_state, make_train_step
@@ -114,22 +114,24 @@ def ppo_iteration(model, params, scored, prompts, sample, batch, seq, new):
     optimizer = make_optimizer(config.optimizer, 100)
     objective = ppo.make_objective(model, model, config)
     copy = lambda tree: jax.tree.map(lambda x: x + 0, tree)  # noqa: E731
-    state = ppo.PPOState(
+    state = rollouts.OnlineState(
         train=init_train_state({"policy": copy(params), "value": copy(scored)}, optimizer, jax.random.key(1)),
         beta=jax.numpy.float32(config.beta),
         iteration=jax.numpy.zeros((), jax.numpy.int32),
     )
     score = jax.jit(lambda params, rollout: rewards.score(model, params, rollout))
-    iterate = ppo.make_iteration(
+    iterate = rollouts.make_iteration(
         config=config,
-        rollout=lambda policy, rows, key, step: sample(policy, rows["tokens"], rows["token_mask"], key),
-        reward=lambda rollout, index: score(scored, rollout),
+        policy_of=lambda params: params["policy"],
+        collect=rollouts.make_collect(
+            lambda policy, rows, key, step: sample(policy, rows["tokens"], rows["token_mask"], key),
+            lambda rollout, index: score(scored, rollout),
+        ),
         prepare=jax.jit(ppo.make_prepare(model, model, config)),
         train_step=meshes.compile_step(
             lambda axis: make_train_step(objective, optimizer, axis_name=axis), meshes.data_mesh(), "jit"
         ),
         reference=params,
-        gold=None,
     )
     holder = {"state": state}
 

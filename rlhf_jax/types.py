@@ -70,14 +70,16 @@ class ScoredRollout:
 class PolicyBatch:
     """What a policy-gradient update consumes; every array beside the first three is a constant of the objective.
 
-    tokens [B, P+R], token_mask [B, P+R], response_mask [B, R]; old_log_probs, old_values, advantages, returns: [B, R]
-    float32, 0 off-mask.
+    tokens [B, P+R], token_mask [B, P+R], response_mask [B, R]; old_log_probs, advantages: [B, R] float32, 0 off-mask.
+    Of the same shape, where a method has them: old_values, returns (those with a value model), ref_log_probs (those
+    with a KL term in the loss).
     """
 
     tokens: jax.Array
     token_mask: jax.Array
     response_mask: jax.Array
     old_log_probs: jax.Array
-    old_values: jax.Array
     advantages: jax.Array
-    returns: jax.Array
+    old_values: jax.Array | None = None
+    returns: jax.Array | None = None
+    ref_log_probs: jax.Array | None = None

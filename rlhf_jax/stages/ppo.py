@@ -9,29 +9,23 @@ trained, reference (the SFT policy) and reward are frozen. The value model start
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rlhf_jax import losses, masking
-from rlhf_jax.data import batches
 from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.masking import WeightedSum
-from rlhf_jax.metrics import Maximum, count, mean_of
+from rlhf_jax.metrics import Maximum, mean_of
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.stages import inputs, rollouts
 from rlhf_jax.stages.run_directory import (
-    Model,
-    Progress,
-    Purpose,
-    Run,
     check_context,
     check_same_family,
     check_scores,
@@ -41,10 +35,9 @@ from rlhf_jax.stages.run_directory import (
 )
 from rlhf_jax.training.forward import response_log_probs, response_values
 from rlhf_jax.training.interrupt import StopRequest
-from rlhf_jax.training.loop import Schedule, fit
-from rlhf_jax.training.optimizer import OptimizerConfig, make_optimizer
-from rlhf_jax.training.step import TrainState, init_train_state, make_train_step
-from rlhf_jax.types import PolicyBatch, Rollout, ScoredRollout
+from rlhf_jax.training.loop import Schedule
+from rlhf_jax.training.optimizer import OptimizerConfig
+from rlhf_jax.types import PolicyBatch, ScoredRollout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,16 +104,6 @@ class Config:
             max_new_tokens=self.data.response_length,
             temperature=self.temperature,
         )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PPOState:
-    """train: TrainState over {"policy", "value"}. beta: [] float32. iteration: [] int32, finished iterations."""
-
-    train: TrainState
-    beta: jax.Array
-    iteration: jax.Array
 
 
 def make_objective(model: ModelConfig, value_model: ModelConfig, config: Config):
@@ -191,66 +174,17 @@ def make_prepare(model: ModelConfig, value_model: ModelConfig, config: Config):
         )
         unexplained = masking.masked_mean((returns - values) ** 2, mask)
         variance = masking.masked_mean((returns - masking.masked_mean(returns, mask)) ** 2, mask)
-        lengths = mask.sum(axis=1)
         metrics = {
-            "proxy": mean_of(scored.scores),
             "score": mean_of(scores),
             "kl": mean_of(masking.masked_sum(kl, mask, axis=1)),
-            "length": mean_of(lengths),
-            "terminated": mean_of(rollout.terminated),
             "beta": mean_of(beta),
             "value_explained_variance": mean_of(1.0 - unexplained / jnp.maximum(variance, 1e-8)),
             # The sampler and the trainer are two programs; this is how far they disagree on the same tokens.
             "sampler_gap": Maximum(jnp.max(jnp.where(mask, jnp.abs(rollout.log_probs - log_probs), 0.0))),
-            "tokens": count(rollout.token_mask),
         }
         return batch, metrics
 
     return prepare
-
-
-def make_iteration(
-    *,
-    config: Config,
-    rollout: Callable[[Any, Any, jax.Array, jax.Array], Rollout],
-    reward: Callable[[Rollout, np.ndarray], jax.Array],
-    prepare: Callable,
-    train_step: Callable,
-    reference: Any,
-    gold: Callable[[Rollout, np.ndarray], np.ndarray] | None,
-) -> Callable[[PPOState, Mapping[str, np.ndarray]], tuple[PPOState, dict]]:
-    """``iterate(state, prompts) -> (state, metrics)``: sample, score, and update; runs on the host over compiled parts.
-
-    ``reward(rollout, index of each row's prompt) -> [B]`` is what is optimised; ``gold``, of the same kind, is
-    measured and never trained on.
-    """
-
-    def iterate(state: PPOState, prompts: Mapping[str, np.ndarray]):
-        key = jax.random.fold_in(state.train.key, state.iteration)
-        sampled = rollout(
-            state.train.params["policy"], prompts, jax.random.fold_in(key, Purpose.ROLLOUT), state.train.step
-        )
-        scored = ScoredRollout(rollout=sampled, scores=jnp.asarray(reward(sampled, prompts["index"])))
-        batch, metrics = prepare(state.train.params, reference, scored, state.beta)
-        if gold is not None:
-            metrics = metrics | {"gold": mean_of(gold(sampled, prompts["index"]))}
-        observed_kl = metrics["kl"]
-        train, updates = rollouts.update(
-            state.train, batch, jax.random.fold_in(key, Purpose.SHUFFLE), train_step, config
-        )
-        beta = state.beta
-        if config.adaptive_kl_target:
-            beta = losses.adaptive_beta(
-                beta,
-                observed_kl.total / observed_kl.weight,
-                target=config.adaptive_kl_target,
-                horizon=config.adaptive_kl_horizon,
-                batch_size=config.batch_size,
-            )
-        state = PPOState(train=train, beta=jnp.asarray(beta, jnp.float32), iteration=state.iteration + 1)
-        return state, metrics | updates
-
-    return iterate
 
 
 def run(
@@ -292,48 +226,24 @@ def run(
         num_eval_prompts=config.num_eval_prompts,
         responses_per_prompt=config.eval_responses_per_prompt,
     )
-    proxy = rollouts.model_reward(reward)
-    gold = rollouts.gold_reward(config.data, model.tokenizer)
-    evaluate = rollouts.make_evaluate(run_, config, model, held_out, reward=proxy, gold=gold)
-    optimizer = make_optimizer(
-        config.optimizer, config.schedule.num_steps * config.num_epochs * config.num_minibatches
+    head = reward.params["head"]
+    value_head = {"kernel": head["kernel"], "bias": head["bias"] - float(reward.facts["reward_offset"])}
+    state = rollouts.train(
+        run_,
+        config,
+        model=model,
+        params={
+            "policy": {"decoder": model.params["decoder"]},
+            "value": {"decoder": reward.params["decoder"], "head": value_head},
+        },
+        policy_of=lambda params: params["policy"],
+        encoded=encoded,
+        held_out=held_out,
+        reward=rollouts.model_reward(reward),
+        prepare=make_prepare(model.config, reward.config, config),
+        objective=make_objective(model.config, reward.config, config),
+        next_beta=functools.partial(_adapt, config) if config.adaptive_kl_target else None,
     )
-    objective = make_objective(model.config, reward.config, config)
-    of_rows = lambda function: lambda rollout, index: function(rollout, rollouts.rows_of(encoded, index))  # noqa: E731
-    iterate = make_iteration(
-        config=config,
-        rollout=rollouts.make_rollout(run_, model, config.sampling),
-        reward=of_rows(proxy),
-        prepare=jax.jit(make_prepare(model.config, reward.config, config)),
-        train_step=meshes.compile_step(
-            lambda axis: make_train_step(
-                objective, optimizer, num_microbatches=config.num_microbatches, axis_name=axis
-            ),
-            run_.mesh,
-            parallelism,
-        ),
-        reference={"decoder": model.params["decoder"]},
-        gold=None if gold is None else of_rows(gold),
-    )
-    progress = Progress("ppo", config.schedule.num_steps, ("proxy", "gold", "kl", "length"), line_every=10)
-    try:
-        state = fit(
-            state=jax.device_put(
-                _init_state(config, run_, model, reward, optimizer), meshes.replicated(run_.mesh)
-            ),
-            step=iterate,
-            batches=batches.prompt_batches(
-                encoded, batch_size=config.batch_size, seed=run_.data_seed(config.seed)
-            ),
-            schedule=config.schedule,
-            workdir=run_.workdir,
-            progress=progress,
-            stop=stop,
-            evaluate=lambda state: evaluate(state.train.params["policy"]),
-            skipped_updates=lambda state: state.train.skipped,
-        )
-    finally:
-        progress.close()
     leave_handoff(
         run_,
         config,
@@ -348,17 +258,11 @@ def _scaled(term: WeightedSum, factor: float) -> WeightedSum:
     return WeightedSum(factor * term.total, term.weight)
 
 
-def _init_state(config: Config, run: Run, model: Model, reward: Model, optimizer: Any) -> PPOState:
-    """Copies, because an update donates its params and the frozen roles keep theirs."""
-    head = reward.params["head"]
-    value_head = {"kernel": head["kernel"], "bias": head["bias"] - float(reward.facts["reward_offset"])}
-    params = {
-        "policy": {"decoder": model.params["decoder"]},
-        "value": {"decoder": reward.params["decoder"], "head": value_head},
-    }
-    key = run.key(config.seed, Purpose.TRAIN)
-    return PPOState(
-        train=init_train_state(jax.tree.map(jnp.copy, params), optimizer, key),
-        beta=jnp.float32(config.beta),
-        iteration=jnp.zeros((), jnp.int32),
+def _adapt(config: Config, beta: jax.Array, observed_kl: jax.Array) -> jax.Array:
+    return losses.adaptive_beta(
+        beta,
+        observed_kl,
+        target=config.adaptive_kl_target,
+        horizon=config.adaptive_kl_horizon,
+        batch_size=config.batch_size,
     )

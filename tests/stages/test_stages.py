@@ -154,7 +154,7 @@ def test_early_stop_on_kl_ends_the_updates_of_an_iteration(limit, updates):
         return state, {"approx_kl": mean_of(0.1 * len(taken))}
 
     config = dataclasses.replace(PPO, num_epochs=4, num_minibatches=1, early_stop_kl=limit)
-    _, metrics = rollouts.update(None, "rollouts", jax.random.key(0), train_step, config)
+    _, metrics = rollouts.update(None, np.zeros(16), jax.random.key(0), train_step, config)
     assert len(taken) == updates
     assert float(metrics["early_stops"].total) == (updates == 3)
 
