@@ -24,25 +24,53 @@ _SMALLEST_BLOCK, _MOST_BLOCKS = 64, 4
 _Kept = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
-def causal_mask(token_mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-    """[B, S] -> [B, S, S] bool: query column, key column; a key is real, not later, and of the same segment."""
+def causal_mask(
+    token_mask: jax.Array, segment_ids: jax.Array | None = None, *, window: int | None = None
+) -> jax.Array:
+    """[B, S] -> [B, S, S] bool: query column, key column; a key is real, not later, and of the same segment.
+
+    With a window it is also one of the last ``window`` real tokens, the query's own included (Beltagy et al. 2020).
+    """
     columns = jnp.arange(token_mask.shape[1])
     mask = (columns[None, :] <= columns[:, None])[None] & token_mask[:, None, :]
     if segment_ids is not None:
         mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+    if window is not None:
+        count = jnp.cumsum(token_mask, axis=1, dtype=jnp.int32)
+        mask &= count[:, :, None] - count[:, None, :] < window
     return mask
 
 
-@jax.custom_vjp
-def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+def causal_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
     """Softmax attention where H/J query heads read one key/value head, which is never repeated in memory.
 
     query: [B, S, H, K]. key, value: [B, S, J, K]. mask: [B, S, S] bool from ``causal_mask``: False wherever the key
-    column is after the query column, which is what lets blocks be skipped. Returns [B, S, H, K]. Scores, softmax and
+    column is after the query column, which is what lets blocks be skipped. scale: of the products; None is 1/sqrt(K).
+    softcap: scores s become softcap * tanh(s / softcap) (Gemma Team 2024). Returns [B, S, H, K]. Scores, softmax and
     their gradients are float32 (Ainslie et al. 2023). Query columns that see no key give something finite, and
     pass no gradient on.
     """
-    return _forward(query, key, value, mask)[0]
+    return _attention(query, key, value, mask, query.shape[-1] ** -0.5 if scale is None else scale, softcap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, scale: float, softcap: float | None
+) -> jax.Array:
+    return _forward(query, key, value, mask, scale, softcap)[0]
+
+
+def capped(scores: jax.Array, softcap: float | None) -> jax.Array:
+    """softcap * tanh(scores / softcap), or the scores as they are."""
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
@@ -66,15 +94,17 @@ def _join_heads(x: jax.Array) -> jax.Array:
     return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * groups, head_dim)
 
 
-def _forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> tuple[jax.Array, _Kept]:
-    scale = query.shape[-1] ** -0.5
+def _forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, scale: float, softcap: float | None
+) -> tuple[jax.Array, _Kept]:
     name_inputs = functools.partial(checkpoint_name, name="attention_inputs")
     query = name_inputs(_split_heads(query, key.shape[2]))
     key, value = (name_inputs(jnp.swapaxes(x, 1, 2)) for x in (key, value))
     outputs, normalisers = [], []
     for start, stop in _blocks(mask.shape[1]):
         scores = _product("bjgsk,bjtk->bjgst", query[:, :, :, start:stop], key[:, :, :stop])
-        scores = jnp.where(mask[:, None, None, start:stop, :stop], scores * scale, MASKED_SCORE)
+        scores = capped(scores * scale, softcap)
+        scores = jnp.where(mask[:, None, None, start:stop, :stop], scores, MASKED_SCORE)
         peak = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - peak)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -86,9 +116,10 @@ def _forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
     return _join_heads(output), (query, key, value, output, normaliser, mask)
 
 
-def _backward(kept: _Kept, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+def _backward(
+    scale: float, softcap: float | None, kept: _Kept, gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     query, key, value, output, normaliser, mask = kept
-    scale = query.shape[-1] ** -0.5
     gradient = _split_heads(gradient, key.shape[1])
     # sum_t w_st dw_st, which the gradient of the softmax subtracts, is the output times its gradient.
     shared = jnp.sum(gradient.astype(jnp.float32) * output.astype(jnp.float32), axis=-1, keepdims=True)
@@ -96,10 +127,14 @@ def _backward(kept: _Kept, gradient: jax.Array) -> tuple[jax.Array, jax.Array, j
     for start, stop in reversed(_blocks(mask.shape[1])):
         queries, gradients = query[:, :, :, start:stop], gradient[:, :, :, start:stop]
         scores = _product("bjgsk,bjtk->bjgst", queries, key[:, :, :stop])
-        shifted = scores * scale - normaliser[:, :, :, start:stop]
+        scores = capped(scores * scale, softcap)
+        shifted = scores - normaliser[:, :, :, start:stop]
         weights = jnp.exp(jnp.where(mask[:, None, None, start:stop, :stop], shifted, MASKED_SCORE))
         inner = _product("bjgsk,bjtk->bjgst", gradients, value[:, :, :stop])
-        inner = (weights * (inner - shared[:, :, :, start:stop]) * scale).astype(key.dtype)
+        inner = weights * (inner - shared[:, :, :, start:stop]) * scale
+        if softcap is not None:  # the slope of the cap, which its own value gives
+            inner *= 1 - jnp.square(scores / softcap)
+        inner = inner.astype(key.dtype)
         query_parts.append(_product("bjgst,bjtk->bjgsk", inner, key[:, :, :stop]))
         block_key = _product("bjgst,bjgsk->bjtk", inner, queries)
         block_value = _product("bjgst,bjgsk->bjtk", weights.astype(value.dtype), gradients)
@@ -114,4 +149,4 @@ def _backward(kept: _Kept, gradient: jax.Array) -> tuple[jax.Array, jax.Array, j
     return query_gradient, key_gradient, value_gradient, None
 
 
-causal_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)

@@ -7,11 +7,13 @@ Weights are cast to the compute dtype once, before the loop.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models import parts
-from rlhf_jax.models.attention import MASKED_SCORE, causal_attention, causal_mask
+from rlhf_jax.models.attention import MASKED_SCORE, capped, causal_attention, causal_mask
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.decoder import Params, embed, unembedding
 
@@ -25,14 +27,13 @@ def decoding_weights(config: ModelConfig, params: Params) -> Params:
     decoder = params["decoder"]
     dtype = config.compute_dtype
     stacked = {
-        name: value if name.endswith("norm") else value.astype(dtype)
-        for name, value in decoder["layers"].items()
+        name: value if "norm" in name else value.astype(dtype) for name, value in decoder["layers"].items()
     }
     layers = tuple({name: value[i] for name, value in stacked.items()} for i in range(config.num_layers))
+    top = {name: value for name, value in decoder.items() if name not in ("layers", "unembedding")}
     return {
-        "embedding": decoder["embedding"],
+        **top,
         "layers": layers,
-        "final_norm": decoder["final_norm"],
         "head": unembedding(config, params).astype(dtype),
     }
 
@@ -45,22 +46,38 @@ def prefill(
 
     Prompts are padded on the left, so that the last column of every row is its last token.
     """
-    x = embed(config, weights["embedding"], tokens, token_mask)
-    cos_sin = parts.rotation(parts.positions_from_mask(token_mask), config.head_dim, config.rope_theta)
-    mask = causal_mask(token_mask)
+    positions = parts.positions_from_mask(token_mask)
+    x = embed(config, weights, tokens, token_mask, positions)
+    rotations = parts.rotations(config, positions)
     room = ((0, 0), (0, 0), (0, capacity - tokens.shape[1]), (0, 0))
 
+    masks = {window: causal_mask(token_mask, window=window) for window in set(_windows(config))}
+
     def attend(
-        query: jax.Array, key: jax.Array, value: jax.Array
+        query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         kept = tuple(jnp.pad(jnp.swapaxes(x, 1, 2), room) for x in (key, value))
-        return causal_attention(query, key, value, mask), kept
+        mixed = causal_attention(
+            query, key, value, mask, scale=config.score_scale, softcap=config.attention_softcap
+        )
+        return mixed, kept
 
     cache = []
-    for layer in weights["layers"]:
-        x, kept = parts.layer(config, layer, x, cos_sin, attend)
+    for layer, window in zip(weights["layers"], _windows(config), strict=True):
+        own = functools.partial(attend, mask=masks[window])
+        x, kept = parts.layer(config, layer, x, _rotation(rotations, window), own)
         cache.append(kept)
-    return parts.rms_norm(x[:, -1], weights["final_norm"], config.norm_epsilon), tuple(cache)
+    return parts.norm(config, weights, "final_norm", x[:, -1]), tuple(cache)
+
+
+def _windows(config: ModelConfig) -> tuple[int | None, ...]:
+    """The window of each layer."""
+    return tuple(config.window if windowed else None for windowed in config.windowed)
+
+
+def _rotation(rotations: tuple[parts.Rotation | None, ...], window: int | None) -> parts.Rotation | None:
+    """The rotation of a layer: layers with a window have the last, see ``parts.rotations``."""
+    return rotations[0] if window is None else rotations[-1]
 
 
 def decode_step(
@@ -77,10 +94,17 @@ def decode_step(
     tokens: [B] int32. positions: [B] int32, real tokens before this one. column: [] int32. readable: [B, C]
     bool, the columns to attend to, ``column`` included.
     """
-    x = embed(config, weights["embedding"], tokens[:, None], jnp.ones_like(tokens[:, None], bool))
-    cos_sin = parts.rotation(positions[:, None], config.head_dim, config.rope_theta)
+    x = embed(config, weights, tokens[:, None], jnp.ones_like(tokens[:, None], bool), positions[:, None])
+    rotations = parts.rotations(config, positions[:, None])
+    # How many of the tokens a row may read come after each column: the nearest so many are in a window.
+    count = jnp.cumsum(readable, axis=1, dtype=jnp.int32)
+    after = count[:, -1:] - count
+    seen = {
+        window: readable if window is None else readable & (after < window)
+        for window in set(_windows(config))
+    }
     updated = []
-    for layer, (keys, values) in zip(weights["layers"], cache, strict=True):
+    for layer, window, (keys, values) in zip(weights["layers"], _windows(config), cache, strict=True):
 
         def attend(
             query: jax.Array,
@@ -88,23 +112,38 @@ def decode_step(
             value: jax.Array,
             keys: jax.Array = keys,
             values: jax.Array = values,
+            seen: jax.Array = seen[window],
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             keys, values = (
                 jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(new, 1, 2), column, axis=2)
                 for old, new in ((keys, key), (values, value))
             )
-            return cached_attention(query, keys, values, readable), (keys, values)
+            mixed = cached_attention(
+                query, keys, values, seen, scale=config.score_scale, softcap=config.attention_softcap
+            )
+            return mixed, (keys, values)
 
-        x, kept = parts.layer(config, layer, x, cos_sin, attend)
+        x, kept = parts.layer(config, layer, x, _rotation(rotations, window), attend)
         updated.append(kept)
-    return parts.rms_norm(x[:, 0], weights["final_norm"], config.norm_epsilon), tuple(updated)
+    return parts.norm(config, weights, "final_norm", x[:, 0]), tuple(updated)
 
 
-def cached_attention(query: jax.Array, keys: jax.Array, values: jax.Array, readable: jax.Array) -> jax.Array:
-    """One query a row against a cache: [B, 1, H, K], [B, J, C, K] twice, [B, C] -> [B, 1, H, K]."""
+def cached_attention(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    readable: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """One query a row against a cache: [B, 1, H, K], [B, J, C, K] twice, [B, C] -> [B, 1, H, K].
+
+    scale, softcap: as of ``attention.causal_attention``.
+    """
     batch, _, heads, head_dim = query.shape
     grouped = query.reshape(batch, keys.shape[1], -1, head_dim)
     scores = jnp.einsum("bjgk,bjck->bjgc", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(readable[:, None, None], scores * head_dim**-0.5, MASKED_SCORE)
+    scores = jnp.where(readable[:, None, None], capped(scores * scale, softcap), MASKED_SCORE)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     return jnp.einsum("bjgc,bjck->bjgk", weights, values).reshape(batch, 1, heads, head_dim)
