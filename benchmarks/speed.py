@@ -27,8 +27,9 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model as rewards
 from rlhf_jax.sampling.generate import SamplingConfig, generate
-from rlhf_jax.stages import dpo, ppo, reward_model, rollouts, sft
+from rlhf_jax.stages import ppo, reward_model, rollouts, sft
 from rlhf_jax.stages.inputs import DataConfig
+from rlhf_jax.stages.preference_objectives import PreferenceLoss, make_pair_objective
 from rlhf_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlhf_jax.training.step import init_train_state, make_train_step
 from rlhf_jax.types import DemonstrationBatch, PreferenceBatch
@@ -85,7 +86,9 @@ def build(task: str, model: ModelConfig, batch: int, seq: int, new: int):
     if task == "dpo":
         pairs = PreferenceBatch(chosen=row(seq // 2), rejected=row(seq // 2))
         frozen = {"reference": jax.tree.map(lambda x: x + 0, params)}
-        return supervised(dpo.make_objective(model, beta=0.1), params, frozen, pairs), 2 * batch * seq
+        return supervised(
+            make_pair_objective(model, PreferenceLoss()), params, frozen, pairs
+        ), 2 * batch * seq
     prompts = {
         "tokens": rng.integers(3, model.vocab_size, (batch, seq - new), dtype=np.int32),
         "token_mask": np.ones((batch, seq - new), bool),

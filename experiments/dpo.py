@@ -1,6 +1,9 @@
 """Direct preference optimisation: the shortcut from SFT and pairs to an aligned policy.
 
-python -m experiments.dpo --workdir=runs/dpo --init_from=runs/sft
+    python -m experiments.dpo --workdir=runs/dpo --init_from=runs/sft
+    python -m experiments.dpo --workdir=runs/ipo --init_from=runs/sft --config.loss.kind=ipo
+
+--config.loss.kind is dpo, robust, ipo, hinge (SLiC), simpo, orpo or kto.
 """
 
 import pathlib

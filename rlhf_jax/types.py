@@ -41,6 +41,18 @@ class PreferenceBatch:
 
 
 @_pytree
+class UnpairedBatch:
+    """Responses by themselves, each good or bad.
+
+    desirable: [B] bool. kl_baseline: [B] float32 nats, the same number for every row: what KTO compares with.
+    """
+
+    responses: DemonstrationBatch
+    desirable: jax.Array
+    kl_baseline: jax.Array
+
+
+@_pytree
 class Rollout:
     """What a policy said, and how likely it found it.
 

@@ -10,7 +10,8 @@ from rlhf_jax.data.arithmetic import ArithmeticConfig
 from rlhf_jax.data.world import WorldConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import dpo, evaluate, inputs, ppo, reward_model, sft
+from rlhf_jax.stages import dpo, evaluate, grpo, inputs, ppo, reward_model, sft
+from rlhf_jax.stages.preference_objectives import PreferenceLoss
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig
 
@@ -21,7 +22,9 @@ READERS = {
     sft.ModelSource: ("stages/sft.py",),
     reward_model.Config: ("stages/reward_model.py", "stages/supervised.py"),
     dpo.Config: ("stages/dpo.py", "stages/supervised.py"),
+    PreferenceLoss: ("stages/preference_objectives.py",),
     ppo.Config: ("stages/ppo.py", "stages/rollouts.py"),
+    grpo.Config: ("stages/grpo.py", "stages/rollouts.py"),
     evaluate.Config: ("stages/evaluate.py",),
     inputs.DataConfig: ("stages/inputs.py",),
     Schedule: ("training/loop.py",),

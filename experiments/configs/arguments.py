@@ -18,6 +18,7 @@ from experiments.ladder import own_fields
 from experiments.launch import to_config_dict
 from rlhf_jax.stages import dpo, evaluate, ppo, reward_model, sft
 from rlhf_jax.stages.inputs import DataConfig
+from rlhf_jax.stages.preference_objectives import PreferenceLoss
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig
 
@@ -47,7 +48,7 @@ def get_config():
             optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=20, b2=0.99),
             schedule=Schedule(num_steps=30, eval_every=0, save_every=30),
             batch_size=32,
-            beta=0.1,
+            loss=PreferenceLoss(beta=0.1),
         )
     )
     config.ppo = own_fields(leashed(beta=0.1))

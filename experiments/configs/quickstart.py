@@ -13,6 +13,7 @@ from experiments.launch import to_config_dict
 from rlhf_jax.data.world import WorldConfig
 from rlhf_jax.stages import dpo, evaluate, ppo, reward_model, sft
 from rlhf_jax.stages.inputs import DataConfig
+from rlhf_jax.stages.preference_objectives import PreferenceLoss
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig
 
@@ -44,7 +45,7 @@ def get_config():
         dpo.Config(
             optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=20, b2=0.99),
             schedule=Schedule(num_steps=200, eval_every=50, save_every=100),
-            beta=0.1,
+            loss=PreferenceLoss(beta=0.1),
         )
     )
     config.ppo = own_fields(leashed(num_steps=50, eval_every=5, beta=0.3))

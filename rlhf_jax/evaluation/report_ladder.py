@@ -112,8 +112,10 @@ def _steps(ladder: Ladder, looks: Mapping[str, Look]) -> str:
         schedule = run.config.get("schedule", {})
         if "num_steps" in schedule:
             knobs.append(f"{schedule['num_steps']:,} steps of {run.config.get('batch_size', '?')}")
-        if "beta" in run.config:
-            knobs.append(f"beta {run.config['beta']:g}")
+        # Stages on pairs have it among the numbers of their loss.
+        beta = run.config.get("beta", run.config.get("loss", {}).get("beta"))
+        if beta is not None:
+            knobs.append(f"beta {beta:g}")
         if name in ladder.seconds:
             knobs.append(parts.duration(ladder.seconds[name]))
         look = looks[name]

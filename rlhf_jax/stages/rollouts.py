@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,20 @@ from rlhf_jax.evaluation import policies
 from rlhf_jax.evaluation.policies import RowReward
 from rlhf_jax.metrics import count, mean_of, merge
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.rewards import verifiers
 from rlhf_jax.sampling.generate import SamplingConfig, generate
 from rlhf_jax.stages import inputs
-from rlhf_jax.stages.run_directory import Model, Progress, Purpose, Run, check_context, write_data_report
+from rlhf_jax.stages.run_directory import (
+    Model,
+    Progress,
+    Purpose,
+    Run,
+    check_context,
+    check_same_family,
+    check_scores,
+    load_model,
+    write_data_report,
+)
 from rlhf_jax.training.loop import fit
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.step import Objective, TrainState, init_train_state, make_train_step
@@ -194,6 +205,40 @@ def make_rollout(run: Run, model: Model, sampling: SamplingConfig) -> Callable[.
 def model_reward(reward: Model) -> RowReward:
     """The frozen reward model of a run, its scores shifted by the offset that the run stored."""
     return policies.model_reward(reward.config, reward.params, float(reward.facts["reward_offset"]))
+
+
+def load_reward(
+    kind: Literal["model", "answer"],
+    reward_from: str,
+    run: Run,
+    data: inputs.DataConfig,
+    model: Model,
+    encoded: Any,
+) -> RowReward:
+    """What a stage optimises: the reward model of ``reward_from``, or whether a response gives its prompt's answer.
+
+    Raises:
+      InputError: no reward model where one is needed, one of another tokenizer, or prompts without answers.
+    """
+    if kind == "answer":
+        missing = next((row.row.source for row in encoded.rows if not row.row.answer), None)
+        if missing is not None:
+            raise InputError(
+                f"{missing} has no answer, which config.reward=answer needs; give rows with one, or config.reward=model"
+            )
+        return policies.text_reward(
+            model.tokenizer,
+            lambda row, response, ended: float(verifiers.gsm8k_reward([response], [row.answer])[0]),
+        )
+    if not reward_from:
+        raise InputError(
+            "config.reward is 'model', which needs --reward_from=<run of experiments.reward_model>"
+        )
+    reward = load_model(reward_from, run)
+    check_same_family(model, reward)
+    check_scores(reward)
+    check_context(reward, data.prompt_length + data.response_length)
+    return model_reward(reward)
 
 
 def gold_reward(data: inputs.DataConfig, tokenizer: Any) -> RowReward | None:

@@ -14,7 +14,7 @@ from rlhf_jax.stages import inputs
 from rlhf_jax.stages.run_directory import Model, Progress, Purpose, Run, check_context, write_data_report
 from rlhf_jax.training.loop import fit
 from rlhf_jax.training.optimizer import make_optimizer
-from rlhf_jax.training.step import Objective, init_train_state, make_train_step
+from rlhf_jax.training.step import Objective, TrainState, init_train_state, make_train_step
 
 
 def encode_split(
@@ -49,6 +49,7 @@ def train(
     iterator: grain.DatasetIterator,
     evaluate: Callable[[Any], Mapping[str, float]],
     shown: Sequence[str],
+    prepare: Callable[[Any, Any, Any], Any] | None = None,
 ) -> Any:
     """Trains ``params`` on the batches of ``iterator`` and returns them.
 
@@ -61,6 +62,8 @@ def train(
       iterator: endless batches of ``config.batch_size`` rows.
       evaluate: ``evaluate(params)`` -> the held-out numbers.
       shown: names of the metrics that the progress bar shows.
+      prepare: ``prepare(params, frozen, batch)`` -> the batch with what the whole of it decides and the update holds
+        constant; before it is split into micro-batches.
     """
     parts = config.num_microbatches
     if config.batch_size % parts:
@@ -76,11 +79,18 @@ def train(
     )
     key = run.key(config.seed, Purpose.TRAIN)
     state = jax.device_put(init_train_state(params, optimizer, key), meshes.replicated(run.mesh))
+    prepared = None if prepare is None else jax.jit(prepare)
+
+    def step(state: TrainState, batch: Any):
+        if prepared is not None:
+            batch = prepared(state.params, frozen, meshes.put_rows(run.mesh, batch))
+        return train_step(state, frozen, batch)
+
     progress = Progress(run.stage, config.schedule.num_steps, shown, line_every=50)
     try:
         state = fit(
             state=state,
-            step=lambda state, batch: train_step(state, frozen, batch),
+            step=step,
             batches=iterator,
             schedule=config.schedule,
             workdir=run.workdir,

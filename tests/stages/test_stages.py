@@ -14,6 +14,7 @@ from rlhf_jax import checkpoints
 from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import mean_of, read_metrics
 from rlhf_jax.stages import dpo, evaluate, ppo, reward_model, rollouts, sft
+from rlhf_jax.stages.preference_objectives import PreferenceLoss
 from rlhf_jax.stages.run_directory import changed_inputs
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -46,7 +47,7 @@ def test_kl_is_zero_before_the_first_update_at_any_temperature(ladder, tmp_path)
 
 
 def test_dpo_starts_at_log_two_and_learns_the_training_pairs(ladder, tmp_path):
-    config = dataclasses.replace(DPO, schedule=Schedule(num_steps=20), beta=1.0)
+    config = dataclasses.replace(DPO, schedule=Schedule(num_steps=20), loss=PreferenceLoss(beta=1.0))
     dpo.run(config, tmp_path, init_from=ladder.sft, stop=STOP)
     rows = rows_of(tmp_path)
     assert rows[0]["eval/margin"] == 0
@@ -252,10 +253,13 @@ def test_a_workdir_of_another_config_is_refused_and_kept(ladder, tmp_path):
     dpo.run(dataclasses.replace(DPO, schedule=ONE_STEP), tmp_path, init_from=ladder.sft, stop=STOP)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(
-        InputError, match=r"another config \(config.beta: 0.1 -> 0.7\); give another --workdir"
+        InputError, match=r"another config \(config.loss.beta: 0.1 -> 0.7\); give another --workdir"
     ):
         dpo.run(
-            dataclasses.replace(DPO, schedule=ONE_STEP, beta=0.7), tmp_path, init_from=ladder.sft, stop=STOP
+            dataclasses.replace(DPO, schedule=ONE_STEP, loss=PreferenceLoss(beta=0.7)),
+            tmp_path,
+            init_from=ladder.sft,
+            stop=STOP,
         )
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 

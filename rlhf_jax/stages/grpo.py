@@ -1,0 +1,254 @@
+"""GRPO and its relatives: policy gradients with a group of responses as baseline. A stage; imports all below.
+
+One iteration: sample a group of responses to each prompt; score them with a verifier or a frozen reward model; the
+advantage of a response is what it scored beyond its group (Shao et al. 2024, section 4.1.2; Ahmadian et al. 2024);
+update on the clipped surrogate. No value model. The KL to the SFT policy is charged in the reward or in the loss.
+Which fields make which method: ``Config``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import losses, masking
+from rlhf_jax.errors import InputError, check_range
+from rlhf_jax.masking import WeightedSum
+from rlhf_jax.metrics import mean_of
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.rewards import reward_model
+from rlhf_jax.sampling.generate import SamplingConfig
+from rlhf_jax.stages import inputs, rollouts
+from rlhf_jax.stages.run_directory import leave_handoff, load_model, open_run
+from rlhf_jax.training.forward import response_log_probs
+from rlhf_jax.training.interrupt import StopRequest
+from rlhf_jax.training.loop import Schedule
+from rlhf_jax.training.optimizer import OptimizerConfig
+from rlhf_jax.types import PolicyBatch, ScoredRollout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run; ``schedule`` counts iterations (one batch of rollouts each).
+
+    batch_size: rollouts an iteration, ``group_size`` to a prompt. num_epochs, num_minibatches: passes over them, and
+    updates a pass. num_microbatches: parts of one update, for memory. reward: what is optimised, a reward model
+    (``--reward_from``) or "answer", 1 where the response's final number is the prompt's answer and 0 elsewhere.
+    baseline: what a reward is held against: the mean of its group, of the others of its group, or of the batch.
+    scale_advantages: whether they are divided by the standard deviation (of the group, or of the batch).
+    ratio: one importance ratio a token, or one a sequence. clip_low, clip_high: it stays in [1 - low, 1 + high].
+    reduction: how token losses become one number; see ``masking``. beta: KL penalty per nat. kl_in: where it is
+    charged: "reward", the k1 estimate of the whole response before the baseline; "loss", k3 a token (its gradient is
+    the forward KL's), or "loss_k2", k2 a token (its gradient is the reverse KL's). missing_eos_score: replaces the
+    reward of a response that never ended; None keeps it. early_stop_kl: an iteration's updates end once
+    KL(old || new) per token exceeds it; 0 never. rounds: up to so many times the prompts are sampled until every
+    group has a spread (DAPO); 1 takes groups as they come. temperature: of sampling, and of every log-prob.
+    num_eval_prompts: held-out prompts sampled at every evaluation; eval_responses_per_prompt: responses to each.
+
+    GRPO is the default. RLOO: baseline "leave_one_out", scale_advantages False, kl_in "reward", reduction
+    "sequence_mean_of_token_sums". REINFORCE: the same with baseline "batch". Dr. GRPO: scale_advantages False,
+    reduction "fixed_length_mean". DAPO: clip_high 0.28, reduction "token_mean", rounds above 1, beta 0. GSPO: ratio
+    "sequence", clip_low 3e-4, clip_high 4e-4.
+    """
+
+    seed: int = 0
+    data: inputs.DataConfig = dataclasses.field(default_factory=inputs.DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    schedule: Schedule = dataclasses.field(default_factory=lambda: Schedule(num_steps=100, eval_every=10))
+    batch_size: int = 128
+    group_size: int = 8
+    num_epochs: int = 1
+    num_minibatches: int = 1
+    num_microbatches: int = 1
+    reward: Literal["model", "answer"] = "model"
+    baseline: Literal["group", "leave_one_out", "batch"] = "group"
+    scale_advantages: bool = True
+    ratio: Literal["token", "sequence"] = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    reduction: Literal[
+        "token_mean", "sequence_mean_of_token_means", "sequence_mean_of_token_sums", "fixed_length_mean"
+    ] = "sequence_mean_of_token_means"
+    beta: float = 0.04
+    kl_in: Literal["loss", "loss_k2", "reward"] = "loss"
+    missing_eos_score: float | None = None
+    early_stop_kl: float = 0.0
+    rounds: int = 1
+    temperature: float = 1.0
+    num_eval_prompts: int = 256
+    eval_responses_per_prompt: int = 1
+
+    def __post_init__(self) -> None:
+        counts = ("batch_size", "num_epochs", "num_minibatches", "num_microbatches", "num_eval_prompts")
+        check_range(self, *counts, "eval_responses_per_prompt", "rounds", "group_size", at_least=1)
+        check_range(self, "beta", "early_stop_kl", "clip_high", at_least=0)
+        check_range(self, "clip_low", at_least=0, at_most=1)
+        if self.batch_size % self.group_size:
+            raise InputError(
+                f"config.batch_size is {self.batch_size}, which does not divide into groups of {self.group_size}; "
+                "change batch_size or group_size"
+            )
+        if self.group_size == 1 and self.baseline != "batch":
+            raise InputError(
+                "config.group_size is 1: a group of one is its own baseline and teaches nothing; "
+                "give 2 or more, or baseline=batch"
+            )
+        if self.baseline == "leave_one_out" and self.scale_advantages:
+            raise InputError(
+                "config.scale_advantages is True, which baseline=leave_one_out does not do; give False"
+            )
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        return SamplingConfig(max_new_tokens=self.data.response_length, temperature=self.temperature)
+
+
+def advantages_of(rewards: jax.Array, config: Config) -> jax.Array:
+    """[N, G] rewards -> [N, G] advantages, by ``config.baseline`` and ``config.scale_advantages``."""
+    if config.baseline == "group":
+        return losses.group_relative_advantages(rewards, scale=config.scale_advantages)
+    if config.baseline == "leave_one_out":
+        return losses.leave_one_out_advantages(rewards)
+    if config.scale_advantages:
+        return masking.masked_whiten(rewards, jnp.ones(rewards.shape, bool))
+    return rewards - jnp.mean(rewards, keepdims=True)
+
+
+def reduce(x: jax.Array, mask: jax.Array, config: Config) -> WeightedSum:
+    """[B, R] token losses to one total and its weight, by ``config.reduction``."""
+    if config.reduction == "fixed_length_mean":
+        return masking.fixed_length_mean(x, mask, length=config.data.response_length)
+    reductions = {
+        "token_mean": masking.token_mean,
+        "sequence_mean_of_token_means": masking.sequence_mean_of_token_means,
+        "sequence_mean_of_token_sums": masking.sequence_mean_of_token_sums,
+    }
+    return reductions[config.reduction](x, mask)
+
+
+def make_objective(model: ModelConfig, config: Config):
+    """(policy params, {}, PolicyBatch) -> clipped surrogate, KL term where the loss has one, and metrics."""
+    surrogate_of = {
+        "token": losses.clipped_surrogate_loss,
+        # With an advantage a token this is GSPO-token, whose gradient equals GSPO's where they are all the same.
+        "sequence": losses.sequence_clipped_surrogate_loss,
+    }[config.ratio]
+    clips = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+
+    def objective(params: Any, frozen: Any, batch: PolicyBatch):
+        del frozen
+        mask = batch.response_mask
+        log_probs, entropy = response_log_probs(model, params, batch, temperature=config.temperature)
+        masks = (mask,) if config.ratio == "sequence" else ()
+        surrogate = surrogate_of(log_probs, batch.old_log_probs, batch.advantages, *masks, **clips)
+        terms = {"policy": reduce(surrogate, mask, config)}
+        if batch.ref_log_probs is not None:
+            estimator = losses.kl_k3 if config.kl_in == "loss" else losses.kl_k2
+            kl = reduce(estimator(log_probs, batch.ref_log_probs), mask, config)
+            terms["kl"] = WeightedSum(config.beta * kl.total, kl.weight)
+        log_ratio = jnp.where(mask, log_probs - batch.old_log_probs, 0.0)
+        if config.ratio == "sequence":
+            log_ratio = masking.masked_mean(log_ratio, mask, axis=1)[:, None]
+        ratio = jnp.broadcast_to(jnp.exp(log_ratio), mask.shape)
+        clipped = (ratio < 1.0 - config.clip_low) | (ratio > 1.0 + config.clip_high)
+        metrics = {
+            "entropy": masking.token_mean(entropy, mask),
+            "clip_fraction": masking.token_mean(clipped.astype(jnp.float32), mask),
+            # Samples come from the old policy: k3 of the reversed ratio estimates KL(old || new) (Schulman 2020).
+            "approx_kl": masking.token_mean(losses.kl_k3(batch.old_log_probs, log_probs), mask),
+        }
+        return terms, metrics
+
+    return objective
+
+
+def make_prepare(model: ModelConfig, config: Config):
+    """``prepare(params, reference, scored, beta) -> (PolicyBatch, metrics)``: everything an update holds constant.
+
+    ``scored``: a ScoredRollout whose rows are groups one after another. Baselines are over the whole batch of rollouts.
+    """
+
+    def prepare(params: Any, reference: Any, scored: ScoredRollout, beta: jax.Array):
+        rollout = scored.rollout
+        mask = rollout.response_mask
+        log_probs, _ = response_log_probs(model, params, rollout, temperature=config.temperature)
+        ref_log_probs, _ = response_log_probs(model, reference, rollout, temperature=config.temperature)
+        scores = reward_model.replace_unfinished(scored.scores, rollout.terminated, config.missing_eos_score)
+        kl = masking.masked_sum(losses.kl_k1(log_probs, ref_log_probs), mask, axis=1)
+        rewards = scores - beta * kl if config.kl_in == "reward" else scores
+        advantages = advantages_of(rewards.reshape(-1, config.group_size), config).reshape(-1, 1)
+        batch = PolicyBatch(
+            tokens=rollout.tokens,
+            token_mask=rollout.token_mask,
+            response_mask=mask,
+            old_log_probs=log_probs,
+            advantages=jnp.where(mask, advantages, 0.0),
+            ref_log_probs=ref_log_probs if config.beta and config.kl_in != "reward" else None,
+        )
+        groups = scored.scores.reshape(-1, config.group_size)
+        metrics = {
+            "score": mean_of(scores),
+            "kl": mean_of(kl),
+            "group_std": mean_of(jnp.std(groups, axis=1)),
+            "no_spread": mean_of(jnp.all(groups == groups[:, :1], axis=1)),
+        }
+        return batch, metrics
+
+    return prepare
+
+
+def run(
+    config: Config,
+    workdir: str | os.PathLike,
+    *,
+    init_from: str,
+    reward_from: str = "",
+    parallelism: meshes.Parallelism = "jit",
+    stop: StopRequest,
+) -> None:
+    """Runs the stage to its hand-off; returns at once if it is there.
+
+    Args:
+      config: see ``Config``.
+      workdir: the run's directory.
+      init_from: the SFT run (or a Hugging Face directory): initial policy, and the frozen reference.
+      reward_from: the reward-model run, where ``config.reward`` is "model".
+      parallelism: how the update runs; sampling and scoring are always ``jit`` over the mesh.
+      stop: looked at between iterations.
+
+    Raises:
+      InputError: anything the user gave that cannot be used, before any training.
+      Interrupted: stopped on request, after saving.
+    """
+    where = {"init_from": init_from} | ({"reward_from": reward_from} if reward_from else {})
+    run_ = open_run(workdir, "grpo", config, inputs=where, parallelism=parallelism, stop=stop)
+    if run_.finished:
+        return
+    rollouts.check_split(config, run_.mesh)
+    model = load_model(init_from, run_)
+    encoded, held_out = rollouts.encode_prompts(
+        run_,
+        config.data,
+        model,
+        num_eval_prompts=config.num_eval_prompts,
+        responses_per_prompt=config.eval_responses_per_prompt,
+    )
+    state = rollouts.train(
+        run_,
+        config,
+        model=model,
+        params={"decoder": model.params["decoder"]},
+        encoded=encoded,
+        held_out=held_out,
+        reward=rollouts.load_reward(config.reward, reward_from, run_, config.data, model, encoded),
+        prepare=make_prepare(model.config, config),
+        objective=make_objective(model.config, config),
+        group_size=config.group_size,
+        rounds=config.rounds,
+    )
+    leave_handoff(run_, config, model, state.train.params, made_from=list(where.values()), facts={})
