@@ -142,7 +142,8 @@ def test_a_tie_teaches_nothing(start):
     far = jax.tree.map(
         lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b)), gradient, expected_gradient
     )
-    assert max(jax.tree.leaves(far)) < 1e-5, far
+    # Log-ratios are differences of sums of hundreds of nats, which float32 keeps to some 1e-5.
+    assert max(jax.tree.leaves(far)) < 3e-5, far
 
 
 LOSSES = [
