@@ -27,7 +27,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model as rewards
 from rlhf_jax.sampling.generate import SamplingConfig, generate
-from rlhf_jax.stages import ppo, reward_model, rollouts, sft
+from rlhf_jax.stages import online, ppo, reward_model, rollouts, sft
 from rlhf_jax.stages.inputs import DataConfig
 from rlhf_jax.stages.preference_objectives import PreferenceLoss, make_pair_objective
 from rlhf_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -115,26 +115,29 @@ def ppo_iteration(model, params, scored, prompts, sample, batch, seq, new):
         optimizer=OptimizerConfig(learning_rate=1e-5),
     )
     optimizer = make_optimizer(config.optimizer, 100)
-    objective = ppo.make_objective(model, model, config)
+    method = ppo.make_method(model, model, config)
     copy = lambda tree: jax.tree.map(lambda x: x + 0, tree)  # noqa: E731
-    state = rollouts.OnlineState(
+    state = online.OnlineState(
         train=init_train_state({"policy": copy(params), "value": copy(scored)}, optimizer, jax.random.key(1)),
         beta=jax.numpy.float32(config.beta),
         iteration=jax.numpy.zeros((), jax.numpy.int32),
     )
     score = jax.jit(lambda params, rollout: rewards.score(model, params, rollout))
-    iterate = rollouts.make_iteration(
-        config=config,
-        policy_of=lambda params: params["policy"],
+    iterate = online.make_iteration(
+        method,
         collect=rollouts.make_collect(
             lambda policy, rows, key, step: sample(policy, rows["tokens"], rows["token_mask"], key),
             lambda rollout, index: score(scored, rollout),
         ),
-        prepare=jax.jit(ppo.make_prepare(model, model, config)),
+        prepare=jax.jit(method.prepare),
         train_step=meshes.compile_step(
-            lambda axis: make_train_step(objective, optimizer, axis_name=axis), meshes.data_mesh(), "jit"
+            lambda axis: make_train_step(method.objective, optimizer, axis_name=axis),
+            meshes.data_mesh(),
+            "jit",
         ),
         reference=params,
+        num_epochs=config.num_epochs,
+        num_minibatches=config.num_minibatches,
     )
     holder = {"state": state}
 

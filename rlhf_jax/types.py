@@ -79,6 +79,19 @@ class ScoredRollout:
 
 
 @_pytree
+class ScoredBatch:
+    """A policy's own responses, to learn from by how good they were; constants of the objective but for the first.
+
+    scores: [B] float32, what a loss makes of a row (whether to keep it, an advantage, a reward, a log target weight).
+    behaviour_log_probs: [B] float32 nats, of the whole response under the policy that sampled it.
+    """
+
+    responses: DemonstrationBatch
+    scores: jax.Array
+    behaviour_log_probs: jax.Array
+
+
+@_pytree
 class PolicyBatch:
     """What a policy-gradient update consumes; every array beside the first three is a constant of the objective.
 

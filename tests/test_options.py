@@ -10,7 +10,7 @@ from rlhf_jax.data.arithmetic import ArithmeticConfig
 from rlhf_jax.data.world import WorldConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import dpo, evaluate, grpo, inputs, ppo, reward_model, sft
+from rlhf_jax.stages import dpo, evaluate, grpo, inputs, online_dpo, ppo, rejection, reward_model, sft
 from rlhf_jax.stages.preference_objectives import PreferenceLoss
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig
@@ -23,8 +23,10 @@ READERS = {
     reward_model.Config: ("stages/reward_model.py", "stages/supervised.py"),
     dpo.Config: ("stages/dpo.py", "stages/supervised.py"),
     PreferenceLoss: ("stages/preference_objectives.py",),
-    ppo.Config: ("stages/ppo.py", "stages/rollouts.py"),
-    grpo.Config: ("stages/grpo.py", "stages/rollouts.py"),
+    ppo.Config: ("stages/ppo.py", "stages/rollouts.py", "stages/online.py"),
+    grpo.Config: ("stages/grpo.py", "stages/rollouts.py", "stages/online.py"),
+    online_dpo.Config: ("stages/online_dpo.py", "stages/rollouts.py", "stages/online.py"),
+    rejection.Config: ("stages/rejection.py", "stages/rollouts.py", "stages/online.py"),
     evaluate.Config: ("stages/evaluate.py",),
     inputs.DataConfig: ("stages/inputs.py",),
     Schedule: ("training/loop.py",),

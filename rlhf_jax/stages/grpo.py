@@ -23,8 +23,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import inputs, rollouts
-from rlhf_jax.stages.run_directory import leave_handoff, load_model, open_run
+from rlhf_jax.stages import inputs, online
 from rlhf_jax.training.forward import response_log_probs
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -88,11 +87,6 @@ class Config:
         check_range(self, *counts, "eval_responses_per_prompt", "rounds", "group_size", at_least=1)
         check_range(self, "beta", "early_stop_kl", "clip_high", at_least=0)
         check_range(self, "clip_low", at_least=0, at_most=1)
-        if self.batch_size % self.group_size:
-            raise InputError(
-                f"config.batch_size is {self.batch_size}, which does not divide into groups of {self.group_size}; "
-                "change batch_size or group_size"
-            )
         if self.group_size == 1 and self.baseline != "batch":
             raise InputError(
                 "config.group_size is 1: a group of one is its own baseline and teaches nothing; "
@@ -202,6 +196,18 @@ def make_prepare(model: ModelConfig, config: Config):
     return prepare
 
 
+def make_method(model: ModelConfig, config: Config) -> online.Method:
+    """GRPO as ``online`` runs it."""
+    return online.Method(
+        prepare=make_prepare(model, config),
+        objective=make_objective(model, config),
+        group_size=config.group_size,
+        rounds=config.rounds,
+        beta=config.beta,
+        early_stop_kl=config.early_stop_kl,
+    )
+
+
 def run(
     config: Config,
     workdir: str | os.PathLike,
@@ -211,44 +217,6 @@ def run(
     parallelism: meshes.Parallelism = "jit",
     stop: StopRequest,
 ) -> None:
-    """Runs the stage to its hand-off; returns at once if it is there.
-
-    Args:
-      config: see ``Config``.
-      workdir: the run's directory.
-      init_from: the SFT run (or a Hugging Face directory): initial policy, and the frozen reference.
-      reward_from: the reward-model run, where ``config.reward`` is "model".
-      parallelism: how the update runs; sampling and scoring are always ``jit`` over the mesh.
-      stop: looked at between iterations.
-
-    Raises:
-      InputError: anything the user gave that cannot be used, before any training.
-      Interrupted: stopped on request, after saving.
-    """
-    where = {"init_from": init_from} | ({"reward_from": reward_from} if reward_from else {})
-    run_ = open_run(workdir, "grpo", config, inputs=where, parallelism=parallelism, stop=stop)
-    if run_.finished:
-        return
-    rollouts.check_split(config, run_.mesh)
-    model = load_model(init_from, run_)
-    encoded, held_out = rollouts.encode_prompts(
-        run_,
-        config.data,
-        model,
-        num_eval_prompts=config.num_eval_prompts,
-        responses_per_prompt=config.eval_responses_per_prompt,
-    )
-    state = rollouts.train(
-        run_,
-        config,
-        model=model,
-        params={"decoder": model.params["decoder"]},
-        encoded=encoded,
-        held_out=held_out,
-        reward=rollouts.load_reward(config.reward, reward_from, run_, config.data, model, encoded),
-        prepare=make_prepare(model.config, config),
-        objective=make_objective(model.config, config),
-        group_size=config.group_size,
-        rounds=config.rounds,
-    )
-    leave_handoff(run_, config, model, state.train.params, made_from=list(where.values()), facts={})
+    """Runs the stage to its hand-off; arguments and errors are those of ``online.run``."""
+    where = {"init_from": init_from, "reward_from": reward_from}
+    online.run("grpo", config, workdir, make_method, **where, parallelism=parallelism, stop=stop)

@@ -24,7 +24,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import inputs, rollouts
+from rlhf_jax.stages import inputs, online, rollouts
 from rlhf_jax.stages.run_directory import (
     check_context,
     check_same_family,
@@ -187,6 +187,18 @@ def make_prepare(model: ModelConfig, value_model: ModelConfig, config: Config):
     return prepare
 
 
+def make_method(model: ModelConfig, value_model: ModelConfig, config: Config) -> online.Method:
+    """PPO as ``online`` runs it."""
+    return online.Method(
+        prepare=make_prepare(model, value_model, config),
+        objective=make_objective(model, value_model, config),
+        policy_of=lambda params: params["policy"],
+        beta=config.beta,
+        next_beta=functools.partial(_adapt, config) if config.adaptive_kl_target else None,
+        early_stop_kl=config.early_stop_kl,
+    )
+
+
 def run(
     config: Config,
     workdir: str | os.PathLike,
@@ -214,7 +226,6 @@ def run(
     run_ = open_run(workdir, "ppo", config, inputs=where, parallelism=parallelism, stop=stop)
     if run_.finished:
         return
-    rollouts.check_split(config, run_.mesh)
     model, reward = load_model(init_from, run_), load_model(reward_from, run_)
     check_same_family(model, reward)
     check_scores(reward)
@@ -228,21 +239,18 @@ def run(
     )
     head = reward.params["head"]
     value_head = {"kernel": head["kernel"], "bias": head["bias"] - float(reward.facts["reward_offset"])}
-    state = rollouts.train(
+    state = online.train(
         run_,
         config,
+        make_method(model.config, reward.config, config),
         model=model,
         params={
             "policy": {"decoder": model.params["decoder"]},
             "value": {"decoder": reward.params["decoder"], "head": value_head},
         },
-        policy_of=lambda params: params["policy"],
         encoded=encoded,
         held_out=held_out,
         reward=rollouts.model_reward(reward),
-        prepare=make_prepare(model.config, reward.config, config),
-        objective=make_objective(model.config, reward.config, config),
-        next_beta=functools.partial(_adapt, config) if config.adaptive_kl_target else None,
     )
     leave_handoff(
         run_,

@@ -1,4 +1,4 @@
-"""What the stages that sample share: prompts, rollouts, rewards, evaluation, updates. Imports all below."""
+"""What the stages that sample share: prompts, rollouts, rewards, evaluation. Imports all below."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluation import policies
 from rlhf_jax.evaluation.policies import RowReward
-from rlhf_jax.metrics import count, mean_of, merge
+from rlhf_jax.metrics import mean_of
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import verifiers
 from rlhf_jax.sampling.generate import SamplingConfig, generate
 from rlhf_jax.stages import inputs
 from rlhf_jax.stages.run_directory import (
     Model,
-    Progress,
     Purpose,
     Run,
     check_context,
@@ -31,9 +30,6 @@ from rlhf_jax.stages.run_directory import (
     load_model,
     write_data_report,
 )
-from rlhf_jax.training.loop import fit
-from rlhf_jax.training.optimizer import make_optimizer
-from rlhf_jax.training.step import Objective, TrainState, init_train_state, make_train_step
 from rlhf_jax.types import Rollout, ScoredRollout
 
 
@@ -57,76 +53,10 @@ def encode_prompts(
     return train, dataclasses.replace(held_out, rows=held_out.rows * responses_per_prompt)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OnlineState:
-    """What an iteration depends on. beta: [] float32, the KL penalty. iteration: [] int32, finished iterations."""
-
-    train: TrainState
-    beta: jax.Array
-    iteration: jax.Array
-
-
 # (policy params, batch of prompts, key, optimiser step) -> (what was sampled and scored, each row's prompt, metrics).
 Collect = Callable[
     [Any, Mapping[str, np.ndarray], jax.Array, jax.Array], tuple[ScoredRollout, np.ndarray, dict]
 ]
-
-
-def make_iteration(
-    *,
-    config: Any,
-    policy_of: Callable[[Any], Any],
-    collect: Collect,
-    prepare: Callable[[Any, Any, ScoredRollout, jax.Array], tuple[Any, dict]],
-    train_step: Callable,
-    reference: Any,
-    gold: Callable[[Rollout, np.ndarray], np.ndarray] | None = None,
-    next_beta: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-) -> Callable[[OnlineState, Mapping[str, np.ndarray]], tuple[OnlineState, dict]]:
-    """``iterate(state, prompts) -> (state, metrics)``: sample, score, update; runs on the host over compiled parts.
-
-    Args:
-      config: the stage's; see ``update`` for what is read.
-      policy_of: the policy among the trained params.
-      collect: see ``make_collect``.
-      prepare: ``prepare(params, reference, scored, beta) -> (batch, metrics)``, all that an update holds constant;
-        "kl" among the metrics is the mean KL of a response to the reference, in nats.
-      train_step: of ``training.step``, compiled.
-      reference: params of the frozen reference.
-      gold: ``gold(rollout, index of each row's prompt) -> [B]``: measured and never trained on.
-      next_beta: ``next_beta(beta, observed kl)``; None keeps beta as it is.
-    """
-
-    def iterate(state: OnlineState, prompts: Mapping[str, np.ndarray]):
-        key = jax.random.fold_in(state.train.key, state.iteration)
-        scored, index, found = collect(
-            policy_of(state.train.params), prompts, jax.random.fold_in(key, Purpose.ROLLOUT), state.train.step
-        )
-        batch, metrics = prepare(state.train.params, reference, scored, state.beta)
-        metrics = metrics | found | _of_rollout(scored)
-        if gold is not None:
-            metrics["gold"] = mean_of(gold(scored.rollout, index))
-        train, updates = update(
-            state.train, batch, jax.random.fold_in(key, Purpose.SHUFFLE), train_step, config
-        )
-        beta = state.beta
-        if next_beta is not None:
-            beta = next_beta(beta, metrics["kl"].total / metrics["kl"].weight)
-        state = OnlineState(train=train, beta=jnp.asarray(beta, jnp.float32), iteration=state.iteration + 1)
-        return state, metrics | updates
-
-    return iterate
-
-
-def _of_rollout(scored: ScoredRollout) -> dict:
-    mask = scored.rollout.response_mask
-    return {
-        "proxy": mean_of(scored.scores),
-        "length": mean_of(mask.sum(axis=1)),
-        "terminated": mean_of(scored.rollout.terminated),
-        "tokens": count(scored.rollout.token_mask),
-    }
 
 
 def make_collect(
@@ -279,131 +209,6 @@ def make_evaluate(
     return evaluate
 
 
-def check_split(config: Any, mesh: jax.sharding.Mesh) -> None:
-    """Refuses a batch of rollouts that does not divide into minibatches, micro-batches and devices.
-
-    Raises:
-      InputError: names the fields.
-    """
-    parts = config.num_minibatches * config.num_microbatches
-    if config.batch_size % parts:
-        raise InputError(
-            f"config.batch_size is {config.batch_size}, which does not divide into "
-            f"num_minibatches={config.num_minibatches} times num_microbatches={config.num_microbatches}"
-        )
-    meshes.check_rows(mesh, config.batch_size // parts, "config.batch_size / (minibatches x microbatches)")
-
-
 def of_prompts(reward: RowReward, encoded: batches.Encoded) -> Callable[[Rollout, np.ndarray], Any]:
     """A reward of data rows as one of indices into ``encoded``, which is what a batch of prompts carries."""
     return lambda rollout, index: reward(rollout, [encoded.rows[i].row for i in np.asarray(index)])
-
-
-def update(
-    train: TrainState, batch: Any, key: jax.Array, train_step: Callable, config: Any
-) -> tuple[TrainState, dict]:
-    """``num_epochs`` passes over the batch in fresh orders; ends early once the policy has moved too far.
-
-    ``config``: ``num_epochs``, ``num_minibatches`` and ``early_stop_kl`` are read; the last is held against the step's
-    metric ``approx_kl``, nats a token.
-    """
-    rows, metrics = jax.tree.leaves(batch)[0].shape[0], {}
-    for epoch in range(config.num_epochs):
-        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), rows))
-        for part in order.reshape(config.num_minibatches, -1):
-            minibatch = batch if config.num_minibatches == 1 else jax.tree.map(lambda x: x[part], batch)  # noqa: B023
-            train, found = train_step(train, {}, minibatch)
-            metrics = merge(metrics, found)
-            if config.early_stop_kl and found["approx_kl"].mean() > config.early_stop_kl:
-                return train, metrics | {"early_stops": mean_of(1.0)}
-    return train, metrics | ({"early_stops": mean_of(0.0)} if config.early_stop_kl else {})
-
-
-def train(
-    run: Run,
-    config: Any,
-    *,
-    model: Model,
-    params: Any,
-    policy_of: Callable[[Any], Any] = lambda params: params,
-    encoded: batches.Encoded,
-    held_out: batches.Encoded,
-    reward: RowReward,
-    prepare: Callable,
-    objective: Objective,
-    group_size: int = 1,
-    rounds: int = 1,
-    next_beta: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-) -> OnlineState:
-    """Trains ``params`` on what the policy among them says, to the end of the schedule; returns the last state.
-
-    Args:
-      run: the open run.
-      config: the stage's config; ``seed``, ``data``, ``optimizer``, ``schedule``, ``batch_size``, ``num_epochs``,
-        ``num_minibatches``, ``num_microbatches``, ``early_stop_kl``, ``beta`` and ``sampling`` are read.
-      model: the start, which is also the frozen reference.
-      params: what is trained; copied, because an update donates its own.
-      policy_of: the policy among them.
-      encoded: training prompts.
-      held_out: prompts of every evaluation.
-      reward: what is optimised.
-      prepare: see ``make_iteration``.
-      objective: see ``training.step``.
-      group_size: responses a prompt.
-      rounds: see ``make_collect``.
-      next_beta: see ``make_iteration``.
-    """
-    gold = gold_reward(config.data, model.tokenizer)
-    evaluate = make_evaluate(run, config, model, held_out, reward=reward, gold=gold)
-    optimizer = make_optimizer(
-        config.optimizer, config.schedule.num_steps * config.num_epochs * config.num_minibatches
-    )
-    iterate = make_iteration(
-        config=config,
-        policy_of=policy_of,
-        collect=make_collect(
-            make_rollout(run, model, config.sampling),
-            of_prompts(reward, encoded),
-            group_size=group_size,
-            rounds=rounds,
-        ),
-        prepare=jax.jit(prepare),
-        train_step=meshes.compile_step(
-            lambda axis: make_train_step(
-                objective, optimizer, num_microbatches=config.num_microbatches, axis_name=axis
-            ),
-            run.mesh,
-            run.parallelism,
-        ),
-        reference={"decoder": model.params["decoder"]},
-        gold=None if gold is None else of_prompts(gold, encoded),
-        next_beta=next_beta,
-    )
-    state = OnlineState(
-        train=init_train_state(
-            jax.tree.map(jnp.copy, params), optimizer, run.key(config.seed, Purpose.TRAIN)
-        ),
-        beta=jnp.float32(config.beta),
-        iteration=jnp.zeros((), jnp.int32),
-    )
-    progress = Progress(
-        run.stage, config.schedule.num_steps, ("proxy", "gold", "kl", "length"), line_every=10
-    )
-    try:
-        return fit(
-            state=jax.device_put(state, meshes.replicated(run.mesh)),
-            step=iterate,
-            batches=batches.prompt_batches(
-                encoded,
-                batch_size=config.batch_size // group_size * rounds,
-                seed=run.data_seed(config.seed),
-            ),
-            schedule=config.schedule,
-            workdir=run.workdir,
-            progress=progress,
-            stop=run.stop,
-            evaluate=lambda state: evaluate(policy_of(state.train.params)),
-            skipped_updates=lambda state: state.train.skipped,
-        )
-    finally:
-        progress.close()

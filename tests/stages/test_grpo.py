@@ -166,19 +166,24 @@ def test_a_stopped_run_ends_in_the_bits_of_an_undisturbed_one(ladder, tmp_path):
 
 def test_the_penalty_in_the_reward_keeps_the_policy_near(ladder, tmp_path):
     kl = {}
-    for beta in (0.0, 1.0):
-        config = dataclasses.replace(CONFIG, schedule=Schedule(num_steps=12), beta=beta, **RLOO)
+    for beta in (0.0, 5.0):
+        config = dataclasses.replace(
+            CONFIG,
+            schedule=Schedule(num_steps=30),
+            optimizer=OptimizerConfig(learning_rate=2e-3, schedule="constant"),
+            beta=beta,
+            **RLOO,
+        )
         grpo.run(
             config, tmp_path / f"{beta}", init_from=ladder.sft, reward_from=ladder.reward_model, stop=STOP
         )
         kl[beta] = rows_of(tmp_path / f"{beta}")[-1]["eval/kl"]
-    assert kl[1.0] < 0.5 * kl[0.0] and math.isfinite(kl[0.0])
+    assert kl[5.0] < 0.5 * kl[0.0] and math.isfinite(kl[0.0])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"group_size": 3}, "batch_size is 32, which does not divide into groups of 3; change"),
         (
             {"group_size": 1},
             "group_size is 1: a group of one is its own baseline and teaches nothing; give 2",
@@ -190,6 +195,12 @@ def test_the_penalty_in_the_reward_keeps_the_policy_near(ladder, tmp_path):
 def test_what_cannot_work_is_refused(change, message):
     with pytest.raises(InputError, match=message):
         dataclasses.replace(CONFIG, **change)
+
+
+def test_a_batch_that_does_not_divide_into_groups_is_refused(ladder, tmp_path):
+    config = dataclasses.replace(CONFIG, group_size=3)
+    with pytest.raises(InputError, match="batch_size is 32, which does not divide into groups of 3; change"):
+        grpo.run(config, tmp_path, init_from=ladder.sft, reward_from=ladder.reward_model, stop=STOP)
 
 
 def test_rewards_that_are_not_there_are_refused(ladder, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from rlhf_jax import checkpoints
 from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import mean_of, read_metrics
-from rlhf_jax.stages import dpo, evaluate, ppo, reward_model, rollouts, sft
+from rlhf_jax.stages import dpo, evaluate, online, ppo, reward_model, sft
 from rlhf_jax.stages.preference_objectives import PreferenceLoss
 from rlhf_jax.stages.run_directory import changed_inputs
 from rlhf_jax.training.interrupt import StopRequest
@@ -154,8 +154,8 @@ def test_early_stop_on_kl_ends_the_updates_of_an_iteration(limit, updates):
         taken.append(batch)
         return state, {"approx_kl": mean_of(0.1 * len(taken))}
 
-    config = dataclasses.replace(PPO, num_epochs=4, num_minibatches=1, early_stop_kl=limit)
-    _, metrics = rollouts.update(None, np.zeros(16), jax.random.key(0), train_step, config)
+    how = {"num_epochs": 4, "num_minibatches": 1, "early_stop_kl": limit}
+    _, metrics = online.update(None, {}, np.zeros(16), jax.random.key(0), train_step, **how)
     assert len(taken) == updates
     assert float(metrics["early_stops"].total) == (updates == 3)
 

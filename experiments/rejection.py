@@ -1,0 +1,42 @@
+"""Learning from one's own samples, the better ones: rejection-sampling fine-tuning, AWR, RWR, GDC.
+
+    python -m experiments.rejection --workdir=runs/rft --init_from=runs/sft --reward_from=runs/reward_model
+    python -m experiments.rejection --workdir=runs/gdc --init_from=runs/sft --reward_from=runs/reward_model \\
+        --config.kind=distribution
+"""
+
+import pathlib
+
+from absl import flags
+
+from experiments import launch
+from rlhf_jax.evaluation import report
+from rlhf_jax.stages import config as configs
+from rlhf_jax.stages import rejection
+
+CONFIG = launch.define_config("rejection")
+WORKDIR = launch.define_workdir()
+INIT_FROM = launch.define_init_from(
+    "Run directory of SFT, or a Hugging Face directory: the initial policy and the frozen reference."
+)
+REWARD_FROM = flags.DEFINE_string(
+    "reward_from", "", "Run directory of the reward model, where --config.reward is 'model'."
+)
+PARALLELISM = launch.define_parallelism()
+
+
+def main(stop):
+    config = configs.from_dict(rejection.Config, CONFIG.value.to_dict())
+    rejection.run(
+        config,
+        WORKDIR.value,
+        init_from=INIT_FROM.value,
+        reward_from=REWARD_FROM.value,
+        parallelism=PARALLELISM.value,
+        stop=stop,
+    )
+    print(report.write_report(pathlib.Path(WORKDIR.value)))
+
+
+if __name__ == "__main__":
+    launch.launch(main, rejection.Config)

@@ -1,0 +1,316 @@
+"""One iteration for every stage that samples: collect, prepare, update; and the run around it. Imports all below."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.data import batches
+from rlhf_jax.errors import InputError
+from rlhf_jax.evaluation.policies import RowReward
+from rlhf_jax.metrics import count, mean_of, merge
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.stages import rollouts
+from rlhf_jax.stages.run_directory import (
+    Model,
+    Progress,
+    Purpose,
+    Run,
+    leave_handoff,
+    load_model,
+    open_run,
+)
+from rlhf_jax.training.interrupt import StopRequest
+from rlhf_jax.training.loop import fit
+from rlhf_jax.training.optimizer import make_optimizer
+from rlhf_jax.training.step import Objective, TrainState, init_train_state, make_train_step
+from rlhf_jax.types import Rollout, ScoredRollout
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnlineState:
+    """What an iteration depends on. beta: [] float32, the KL penalty. iteration: [] int32, finished iterations."""
+
+    train: TrainState
+    beta: jax.Array
+    iteration: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """What a method adds to sampling and updating.
+
+    prepare: ``prepare(params, reference, scored, beta) -> (batch, metrics)``, all that an update holds constant; "kl"
+    among the metrics is the mean KL of a response to the reference, in nats. objective: see ``training.step``.
+    policy_of: the policy among the trained params. group_size: responses a prompt; rows are groups one after another.
+    rounds: see ``rollouts.make_collect``. beta: the KL penalty to start with. next_beta: ``next_beta(beta, observed
+    kl)``; None keeps it. early_stop_kl: an iteration's updates end once the metric ``approx_kl``, nats a token, is
+    above; 0 never.
+    frozen_of: ``frozen_of(params, reference)`` at the start of an iteration: what the objective reads beside params.
+    """
+
+    prepare: Callable[[Any, Any, ScoredRollout, jax.Array], tuple[Any, dict]]
+    objective: Objective
+    policy_of: Callable[[Any], Any] = lambda params: params
+    group_size: int = 1
+    rounds: int = 1
+    beta: float = 0.0
+    next_beta: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    early_stop_kl: float = 0.0
+    frozen_of: Callable[[Any, Any], Any] = lambda params, reference: {}
+
+
+def make_iteration(
+    method: Method,
+    *,
+    collect: rollouts.Collect,
+    prepare: Callable[[Any, Any, ScoredRollout, jax.Array], tuple[Any, dict]],
+    train_step: Callable,
+    reference: Any,
+    num_epochs: int,
+    num_minibatches: int,
+    gold: Callable[[Rollout, np.ndarray], np.ndarray] | None = None,
+) -> Callable[[OnlineState, Mapping[str, np.ndarray]], tuple[OnlineState, dict]]:
+    """``iterate(state, prompts) -> (state, metrics)``: sample, score, update; runs on the host over compiled parts.
+
+    Args:
+      method: see ``Method``.
+      collect: see ``rollouts.make_collect``.
+      prepare: the method's, compiled.
+      train_step: of ``training.step``, over the method's objective, compiled.
+      reference: params of the frozen reference.
+      num_epochs: passes over what was sampled.
+      num_minibatches: updates a pass.
+      gold: ``gold(rollout, index of each row's prompt) -> [B]``: measured and never trained on.
+    """
+
+    def iterate(state: OnlineState, prompts: Mapping[str, np.ndarray]):
+        key = jax.random.fold_in(state.train.key, state.iteration)
+        scored, index, found = collect(
+            method.policy_of(state.train.params),
+            prompts,
+            jax.random.fold_in(key, Purpose.ROLLOUT),
+            state.train.step,
+        )
+        batch, metrics = prepare(state.train.params, reference, scored, state.beta)
+        metrics = metrics | found | _of_rollout(scored)
+        if gold is not None:
+            metrics["gold"] = mean_of(gold(scored.rollout, index))
+        train, updates = update(
+            state.train,
+            method.frozen_of(state.train.params, reference),
+            batch,
+            jax.random.fold_in(key, Purpose.SHUFFLE),
+            train_step,
+            num_epochs=num_epochs,
+            num_minibatches=num_minibatches,
+            early_stop_kl=method.early_stop_kl,
+        )
+        beta = state.beta
+        if method.next_beta is not None:
+            beta = method.next_beta(beta, metrics["kl"].total / metrics["kl"].weight)
+        state = OnlineState(train=train, beta=jnp.asarray(beta, jnp.float32), iteration=state.iteration + 1)
+        return state, metrics | updates
+
+    return iterate
+
+
+def _of_rollout(scored: ScoredRollout) -> dict:
+    mask = scored.rollout.response_mask
+    return {
+        "proxy": mean_of(scored.scores),
+        "length": mean_of(mask.sum(axis=1)),
+        "terminated": mean_of(scored.rollout.terminated),
+        "tokens": count(scored.rollout.token_mask),
+    }
+
+
+def update(
+    train: TrainState,
+    frozen: Any,
+    batch: Any,
+    key: jax.Array,
+    train_step: Callable,
+    *,
+    num_epochs: int,
+    num_minibatches: int,
+    early_stop_kl: float = 0.0,
+) -> tuple[TrainState, dict]:
+    """``num_epochs`` passes over the batch in fresh orders; ends early once the policy has moved too far.
+
+    ``early_stop_kl``: the bound on the step's metric ``approx_kl``, nats a token; 0 is none.
+    """
+    rows, metrics = jax.tree.leaves(batch)[0].shape[0], {}
+    for epoch in range(num_epochs):
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), rows))
+        for part in order.reshape(num_minibatches, -1):
+            minibatch = batch if num_minibatches == 1 else jax.tree.map(lambda x: x[part], batch)  # noqa: B023
+            train, found = train_step(train, frozen, minibatch)
+            metrics = merge(metrics, found)
+            if early_stop_kl and found["approx_kl"].mean() > early_stop_kl:
+                return train, metrics | {"early_stops": mean_of(1.0)}
+    return train, metrics | ({"early_stops": mean_of(0.0)} if early_stop_kl else {})
+
+
+def train(
+    run: Run,
+    config: Any,
+    method: Method,
+    *,
+    model: Model,
+    params: Any,
+    encoded: batches.Encoded,
+    held_out: batches.Encoded,
+    reward: RowReward,
+) -> OnlineState:
+    """Trains ``params`` on what the policy among them says, to the end of the schedule; returns the last state.
+
+    Args:
+      run: the open run.
+      config: the stage's config; ``seed``, ``data``, ``optimizer``, ``schedule``, ``batch_size``, ``num_epochs``,
+        ``num_minibatches``, ``num_microbatches`` and ``sampling`` are read.
+      method: see ``Method``.
+      model: the start, which is also the frozen reference.
+      params: what is trained; copied, because an update donates its own.
+      encoded: training prompts.
+      held_out: prompts of every evaluation.
+      reward: what is optimised.
+
+    Raises:
+      InputError: the batch does not divide into groups, minibatches, micro-batches and devices.
+    """
+    check_split(config, run.mesh, group_size=method.group_size)
+    gold = rollouts.gold_reward(config.data, model.tokenizer)
+    evaluate = rollouts.make_evaluate(run, config, model, held_out, reward=reward, gold=gold)
+    optimizer = make_optimizer(
+        config.optimizer, config.schedule.num_steps * config.num_epochs * config.num_minibatches
+    )
+    iterate = make_iteration(
+        method,
+        collect=rollouts.make_collect(
+            rollouts.make_rollout(run, model, config.sampling),
+            rollouts.of_prompts(reward, encoded),
+            group_size=method.group_size,
+            rounds=method.rounds,
+        ),
+        prepare=jax.jit(method.prepare),
+        train_step=meshes.compile_step(
+            lambda axis: make_train_step(
+                method.objective, optimizer, num_microbatches=config.num_microbatches, axis_name=axis
+            ),
+            run.mesh,
+            run.parallelism,
+        ),
+        reference={"decoder": model.params["decoder"]},
+        num_epochs=config.num_epochs,
+        num_minibatches=config.num_minibatches,
+        gold=None if gold is None else rollouts.of_prompts(gold, encoded),
+    )
+    state = OnlineState(
+        train=init_train_state(
+            jax.tree.map(jnp.copy, params), optimizer, run.key(config.seed, Purpose.TRAIN)
+        ),
+        beta=jnp.float32(method.beta),
+        iteration=jnp.zeros((), jnp.int32),
+    )
+    progress = Progress(
+        run.stage, config.schedule.num_steps, ("proxy", "gold", "kl", "length"), line_every=10
+    )
+    try:
+        return fit(
+            state=jax.device_put(state, meshes.replicated(run.mesh)),
+            step=iterate,
+            batches=batches.prompt_batches(
+                encoded,
+                batch_size=config.batch_size // method.group_size * method.rounds,
+                seed=run.data_seed(config.seed),
+            ),
+            schedule=config.schedule,
+            workdir=run.workdir,
+            progress=progress,
+            stop=run.stop,
+            evaluate=lambda state: evaluate(method.policy_of(state.train.params)),
+            skipped_updates=lambda state: state.train.skipped,
+        )
+    finally:
+        progress.close()
+
+
+def run(
+    stage: str,
+    config: Any,
+    workdir: str | os.PathLike,
+    method_of: Callable[[ModelConfig, Any], Method],
+    *,
+    init_from: str,
+    reward_from: str,
+    parallelism: meshes.Parallelism,
+    stop: StopRequest,
+) -> None:
+    """Runs a stage that trains a policy and nothing else to its hand-off; returns at once if it is there.
+
+    Args:
+      stage: its name.
+      config: its config; beside what ``train`` reads: ``reward``, ``num_eval_prompts``, ``eval_responses_per_prompt``.
+      workdir: the run's directory.
+      method_of: ``method_of(model config, config)``.
+      init_from: the SFT run (or a Hugging Face directory): initial policy, and the frozen reference.
+      reward_from: the reward-model run, where ``config.reward`` is "model".
+      parallelism: how the update runs; sampling and scoring are always ``jit`` over the mesh.
+      stop: looked at between iterations.
+
+    Raises:
+      InputError: anything the user gave that cannot be used, before any training.
+      Interrupted: stopped on request, after saving.
+    """
+    where = {"init_from": init_from} | ({"reward_from": reward_from} if reward_from else {})
+    run_ = open_run(workdir, stage, config, inputs=where, parallelism=parallelism, stop=stop)
+    if run_.finished:
+        return
+    model = load_model(init_from, run_)
+    encoded, held_out = rollouts.encode_prompts(
+        run_,
+        config.data,
+        model,
+        num_eval_prompts=config.num_eval_prompts,
+        responses_per_prompt=config.eval_responses_per_prompt,
+    )
+    state = train(
+        run_,
+        config,
+        method_of(model.config, config),
+        model=model,
+        params={"decoder": model.params["decoder"]},
+        encoded=encoded,
+        held_out=held_out,
+        reward=rollouts.load_reward(config.reward, reward_from, run_, config.data, model, encoded),
+    )
+    leave_handoff(run_, config, model, state.train.params, made_from=list(where.values()), facts={})
+
+
+def check_split(config: Any, mesh: jax.sharding.Mesh, *, group_size: int) -> None:
+    """Refuses a batch that does not divide into groups, minibatches, micro-batches and devices.
+
+    Raises:
+      InputError: names the fields.
+    """
+    if config.batch_size % group_size:
+        raise InputError(
+            f"config.batch_size is {config.batch_size}, which does not divide into groups of {group_size}; "
+            "change batch_size or group_size"
+        )
+    parts = config.num_minibatches * config.num_microbatches
+    if config.batch_size % parts:
+        raise InputError(
+            f"config.batch_size is {config.batch_size}, which does not divide into "
+            f"num_minibatches={config.num_minibatches} times num_microbatches={config.num_microbatches}"
+        )
+    meshes.check_rows(mesh, config.batch_size // parts, "config.batch_size / (minibatches x microbatches)")
