@@ -98,6 +98,54 @@ def best_of_n_curve(proxy: np.ndarray, gold: np.ndarray, ns: Sequence[int]) -> l
     return points
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """What ``overoptimization.fit_best_of_n`` takes, M measurements.
+
+    distance: [M] sqrt of the KL bound. proxy, gold: [M] gained over the policy that was sampled. clusters: [M] int,
+    which set of prompts a measurement comes from; those of one set share their samples.
+    """
+
+    distance: np.ndarray
+    proxy: np.ndarray
+    gold: np.ndarray
+    clusters: np.ndarray
+
+
+def measurements(proxy: np.ndarray, gold: np.ndarray, ns: Sequence[int], *, num_sets: int) -> Measurements:
+    """A curve over ``ns`` for each of ``num_sets`` sets of prompts, less what the set's responses are worth at n = 1.
+
+    The points of one curve share their samples, so that their noise tells nothing about the fit; sets of prompts are
+    independent. Prompts go to the sets in turn.
+
+    Args:
+      proxy: [P, N] float. gold: [P, N] float.
+      ns: from 2 on; at 1 a gain is 0 by definition.
+      num_sets: 3 to P; ten or more for intervals that can be trusted.
+
+    Raises:
+      InputError: as `expected_best`, or fewer prompts than sets.
+    """
+    proxy, gold = _samples("proxy", proxy), _samples("gold", gold)
+    if not 3 <= num_sets <= len(proxy):
+        raise InputError(
+            f"{num_sets} sets of {len(proxy)} prompts were asked for: give 3 sets or more, no more than prompts"
+        )
+    sets = np.arange(len(proxy)) % num_sets
+    gains = []
+    for values in (proxy, gold):
+        gain = np.stack([expected_best(proxy, values, n) for n in ns], axis=1) - values.mean(
+            axis=1, keepdims=True
+        )
+        gains.append(np.concatenate([gain[sets == number].mean(axis=0) for number in range(num_sets)]))
+    return Measurements(
+        distance=np.tile(np.sqrt([best_of_n_kl(n) for n in ns]), num_sets),
+        proxy=gains[0],
+        gold=gains[1],
+        clusters=np.repeat(np.arange(num_sets), len(ns)),
+    )
+
+
 def best_of_n_distribution(probabilities: np.ndarray, proxy: np.ndarray, n: int) -> np.ndarray:
     """How likely best-of-n says each of K responses, [K] float64, where all of them can be enumerated.
 

@@ -89,8 +89,8 @@ def fit_best_of_n(
       distance: [M] float, d = sqrt(KL), 0 or above.
       gold: [M] float, gold reward less that of the initial policy, so that it is 0 at distance 0.
       seed: of the bootstrap.
-      clusters: [M] int, which measurements share noise: those of one training run, or of the same samples. Each is its
-        own where None.
+      clusters: [M] int, which measurements share noise: those of one training run, or of the same samples (see
+        `rlhf_jax.evaluation.best_of_n.measurements`). Each is its own where None.
       resamples: of the bootstrap, at least 100.
 
     The bootstrap is wild (Wu 1986; by clusters Cameron, Gelbach & Miller 2008): distances stay, and the residuals of

@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluation import best_of_n
+from rlhf_jax.evaluation.overoptimization import fit_best_of_n
 from rlhf_jax.evaluation.policies import best_of_n_kl
 
 
@@ -77,6 +78,38 @@ def test_a_curve_of_normal_rewards_follows_order_statistics():
     # At n = 1 every prompt's estimate is a mean of 256: the standard error over 400 prompts is 1 / sqrt(256 * 400).
     assert points[0].proxy_error == pytest.approx(1 / np.sqrt(256 * 400), rel=0.15)
     assert best_of_n.best_of_n_curve(proxy[:1], gold[:1], [2])[0].gold_error == 0.0
+
+
+def test_measurements_are_curves_of_sets_of_prompts_from_their_own_start():
+    rng = np.random.default_rng(5)
+    proxy, gold, ns = rng.normal(size=(7, 20)), rng.normal(size=(7, 20)), [2, 5, 20]
+    found = best_of_n.measurements(proxy, gold, ns, num_sets=3)
+    assert found.clusters.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    for number, prompts in enumerate(([0, 3, 6], [1, 4], [2, 5])):
+        curve = best_of_n.best_of_n_curve(proxy[prompts], gold[prompts], [1, *ns])
+        here = found.clusters == number
+        np.testing.assert_allclose(found.gold[here], [point.gold - curve[0].gold for point in curve[1:]])
+        np.testing.assert_allclose(found.proxy[here], [point.proxy - curve[0].proxy for point in curve[1:]])
+        np.testing.assert_allclose(found.distance[here], [math.sqrt(point.kl) for point in curve[1:]])
+    with pytest.raises(InputError, match="8 sets of 7 prompts"):
+        best_of_n.measurements(proxy, gold, ns, num_sets=8)
+
+
+def test_a_gold_that_turns_is_found_with_its_peak():
+    """Gold rises with the proxy up to a point and then falls: where it is greatest in n is where the fit's peak is."""
+    rng = np.random.default_rng(6)
+    proxy = rng.normal(size=(200, 2000))
+    gold = proxy - 0.25 * proxy**2 + rng.normal(size=proxy.shape)
+    ns = [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+    data = best_of_n.measurements(proxy, gold, ns, num_sets=20)
+    fit = fit_best_of_n(data.distance, data.gold, seed=0, clusters=data.clusters)
+    curve = data.gold.reshape(20, -1).mean(axis=0)
+    assert fit.peak_seen and fit.share_without_peak == 0.0
+    assert curve[0] > 0 and abs(fit.peak_gold - curve.max()) < 0.1
+    low, high = fit.peak_distance_interval.low, fit.peak_distance_interval.high
+    assert low < fit.peak_distance < high < low + 0.2
+    best = math.sqrt(best_of_n_kl(ns[int(curve.argmax())]))
+    assert abs(fit.peak_distance - best) < 0.4
 
 
 @pytest.mark.parametrize("ties", [False, True])
