@@ -1,82 +1,106 @@
-"""Llama checkpoints of Hugging Face, in and out, as safetensors only; imports errors and models only.
+"""Checkpoints of Hugging Face, in and out, as safetensors only; imports errors and models only.
 
-A directory holds ``config.json`` and ``model.safetensors`` (or ``model.safetensors.index.json`` and the
-shards it names). Pickled weights are never opened. Files are read one tensor at a time into the stacked
-arrays of the decoder, so that host memory holds the model once.
+A directory holds ``config.json`` and ``model.safetensors`` (or ``model.safetensors.index.json`` and the shards it
+names). What differs between families is in ``families``. Tensors are read slice by slice straight into the arrays of
+the decoder, on whatever devices these live, and written shard by shard: host memory never holds the model twice.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.models import tensor_files
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.decoder import Params, parameter_shapes
+from rlhf_jax.models.families import (
+    FAMILIES,
+    Family,
+    Stored,
+    config_from_huggingface,
+    config_to_huggingface,
+)
+from rlhf_jax.models.tensor_files import TensorFiles
 
-_CAUSAL, _SCALAR = "LlamaForCausalLM", "LlamaForSequenceClassification"
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_SCORE, _SCORE_BIAS = "score.weight", "score_bias"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# What is fetched from the hub: weights, configs, tokenizers and chat templates; no code and no pickles.
+_HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+# The size of a shard that transformers writes.
+MAX_SHARD_BYTES = 5 * 10**9
 
-# Our name -> theirs. Their kernels are [out, in]; ours, named in _TRANSPOSED, are [in, out].
-_LAYER_NAMES = {
-    "attention_norm": "input_layernorm",
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "output": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-_TRANSPOSED = frozenset({"query", "key", "value", "output", "gate", "up", "down"})
-_TOP_NAMES = {"embedding": "model.embed_tokens.weight", "final_norm": "model.norm.weight"}
-_HEAD_NAME = "lm_head.weight"
-
-# Fields of config.json -> the only values this decoder computes.
-_REQUIRED_VALUES = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+Index = tuple[slice, ...]
 
 
-def load_pretrained(path: str | os.PathLike[str]) -> tuple[ModelConfig, Params]:
-    """Reads a LlamaForCausalLM directory: its config and ``{"decoder": {...}}``, float32.
+def from_pretrained(
+    path_or_hub_id: str | os.PathLike[str], *, shardings: Any = None
+) -> tuple[ModelConfig, Params]:
+    """Reads a language model: its config and ``{"decoder": {...}}``, float32.
+
+    path_or_hub_id: a directory, or the name of a repository on the Hugging Face hub, which is fetched. shardings: where
+    every array is to live, one sharding for all or a tree of them like the parameters (``read_config`` and
+    ``decoder.logical_axes`` give the tree); each process reads what its own devices hold. None: the default device.
 
     Raises:
         InputError: the directory, its config.json or its weights cannot be used; the message names the file.
     """
-    directory = pathlib.Path(path)
-    config = _read_config(directory, _CAUSAL)
-    tensors = _Tensors(directory)
-    decoder = _read_decoder(config, tensors, with_head=True)
-    tensors.refuse_unread()
+    directory, config, family = _open(path_or_hub_id, scalar=False)
+    files = TensorFiles(directory, family.prefix)
+    head = next((name for name in family.heads if name in files), family.heads[0])
+    files.check(
+        _tensor_shapes(config, family, head=head if head in files or not config.tied_embeddings else None)
+    )
+    decoder = _read_decoder(config, family, files, head, _by_leaf(shardings, "decoder"))
     return config, {"decoder": decoder}
 
 
-def load_pretrained_scalar(path: str | os.PathLike[str]) -> tuple[ModelConfig, Params]:
-    """Reads a LlamaForSequenceClassification directory with one label: ``{"decoder": ..., "head": ...}``.
+load_pretrained = from_pretrained
 
-    transformers' head has no bias; a ``score.bias`` written by ``save_pretrained_scalar`` is read, else it is
-    0.
+
+def load_pretrained_scalar(
+    path_or_hub_id: str | os.PathLike[str], *, shardings: Any = None
+) -> tuple[ModelConfig, Params]:
+    """Reads a scorer with one label (``...ForSequenceClassification``): ``{"decoder": ..., "head": ...}``.
+
+    transformers' head has no bias; one that ``save_pretrained_scalar`` left in config.json is read, else it is 0. An
+    untied vocabulary head is not part of such a checkpoint: the config says that embeddings are tied.
 
     Raises:
-        InputError: as ``load_pretrained``.
+        InputError: as ``from_pretrained``.
     """
-    directory = pathlib.Path(path)
-    config = _read_config(directory, _SCALAR)
-    tensors = _Tensors(directory)
-    decoder = _read_decoder(config, tensors, with_head=False)
-    kernel = tensors.read("score.weight", (1, config.width))[0]
-    bias = tensors.read("score.bias", (1,))[0] if "score.bias" in tensors else np.float32(0)
-    tensors.refuse_unread()
-    return config, {"decoder": decoder, "head": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}}
+    directory, config, family = _open(path_or_hub_id, scalar=True)
+    bias = tensor_files.read_json(directory / "config.json", "restore it").get(_SCORE_BIAS, 0.0)
+    if not isinstance(bias, int | float):
+        raise InputError(f"{directory / 'config.json'}: {_SCORE_BIAS} is {bias!r}: give a number")
+    files = TensorFiles(directory, family.prefix)
+    files.check(_tensor_shapes(config, family, head=None) | {_SCORE: (1, config.width)})
+    decoder = _read_decoder(config, family, files, None, _by_leaf(shardings, "decoder"))
+    where = _by_leaf(shardings, "head")
+    head = {
+        "kernel": _place(
+            (config.width,), where("kernel"), lambda i: files.read(_SCORE, (slice(0, 1), *i))[0]
+        ),
+        "bias": _place((), where("bias"), lambda _: np.asarray(bias, np.float32)),
+    }
+    return config, {"decoder": decoder, "head": head}
+
+
+def read_config(path_or_hub_id: str | os.PathLike[str], *, scalar: bool = False) -> ModelConfig:
+    """The config of what ``from_pretrained`` (or, with ``scalar``, ``load_pretrained_scalar``) would read.
+
+    Raises:
+        InputError: as ``from_pretrained``.
+    """
+    return _open(path_or_hub_id, scalar=scalar)[1]
 
 
 def save_pretrained(
@@ -87,17 +111,25 @@ def save_pretrained(
     bos_id: int | None = None,
     eos_id: int | None = None,
     pad_id: int | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a directory that transformers loads as LlamaForCausalLM, float32; files of the same name are
-    replaced.
+    """Writes a directory that transformers loads as the language model of the config's family.
 
-    The token ids go into config.json, where ``generate`` of transformers looks for them.
+    Files of the same name are replaced. The token ids go into config.json, where ``generate`` of transformers looks
+    for them. dtype: ``float32``, ``bfloat16`` or ``float16``, what parameters are rounded to. max_shard_bytes: above
+    it the weights are cut into several files with an index.
+
+    Raises:
+        InputError: the family cannot say what the model is, or ``dtype`` or ``max_shard_bytes`` is out of range.
     """
-    tensors = dict(_decoder_tensors(config, params["decoder"]))
-    if not config.tied_embeddings:
-        tensors[_HEAD_NAME] = np.asarray(params["decoder"]["unembedding"])
-    fields = _to_huggingface(config, _CAUSAL, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id)
-    _write(pathlib.Path(path), fields, tensors)
+    family, fields = FAMILIES.get(config.family), config_to_huggingface(config)
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id, "dtype": dtype}
+    head = None if config.tied_embeddings else family.heads[0]
+    arrays = _tensors(config, family, params["decoder"])
+    if head is not None:
+        arrays[head] = lambda: np.asarray(params["decoder"]["unembedding"])
+    _write(path, fields | ids, _tensor_shapes(config, family, head=head), arrays, dtype, max_shard_bytes)
 
 
 def save_pretrained_scalar(
@@ -105,253 +137,226 @@ def save_pretrained_scalar(
     config: ModelConfig,
     params: Params,
     *,
+    offset: float = 0.0,
     bos_id: int | None = None,
     eos_id: int | None = None,
     pad_id: int | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a reward or value model as a LlamaForSequenceClassification with one label.
+    """Writes a reward or value model as ``...ForSequenceClassification`` with one label.
 
-    transformers' head has no bias: one that is not 0 is written as ``score.bias``, which transformers reports
-    as unexpected and leaves out, so that its scores differ from ours by that constant. An untied vocabulary
-    head is not part of such a model and is not written. transformers needs ``pad_id`` to score more than one
-    row at once.
-    """
-    tensors = dict(_decoder_tensors(config, params["decoder"]))
-    tensors["score.weight"] = np.asarray(params["head"]["kernel"])[None]
-    bias = np.asarray(params["head"]["bias"])
-    if bias != 0:
-        tensors["score.bias"] = bias[None]
-    fields = _to_huggingface(config, _SCALAR, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id) | {
-        "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0},
-    }
-    _write(pathlib.Path(path), fields, tensors)
-
-
-def _read_json(file: pathlib.Path, remedy: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file} is missing: {remedy}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{file} is not JSON ({error}): {remedy}") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"{file} holds a {type(fields).__name__}, not an object: {remedy}")
-    return fields
-
-
-def _read_config(directory: pathlib.Path, architecture: str) -> ModelConfig:
-    if not directory.is_dir():
-        raise InputError(f"model directory {directory} is missing: give a Hugging Face directory that exists")
-    file = directory / "config.json"
-    fields = _read_json(file, "give a directory that transformers or this project saved")
-    try:
-        return config_from_huggingface(fields, architecture=architecture)
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
-
-
-def config_from_huggingface(fields: Mapping[str, Any], *, architecture: str = _CAUSAL) -> ModelConfig:
-    """The fields of a config.json -> ModelConfig; both spellings of the rotary settings are read.
+    transformers' head has no bias, and behind an RMS norm there is no direction that a constant could hide in. What
+    stands beside the kernel, the head's bias minus ``offset`` (the mean that a reward model's scores are shifted by),
+    is therefore kept as ``score_bias`` in config.json: ``load_pretrained_scalar`` reads it, transformers does not, so
+    its scores are ours minus ``score_bias``: the same order, the same differences. An untied vocabulary head is not
+    part of such a model and is not written. transformers needs ``pad_id`` to score more than one row at once, and
+    scores at the last token that is not ``pad_id``.
 
     Raises:
-        InputError: another architecture, a setting that this decoder does not compute, or a field missing.
+        InputError: as ``save_pretrained``.
     """
-    named = fields.get("architectures") or [architecture if fields.get("model_type") == "llama" else None]
-    if named != [architecture] or fields.get("model_type", "llama") != "llama":
+    config = dataclasses.replace(config, tied_embeddings=True)
+    family, fields = FAMILIES.get(config.family), config_to_huggingface(config, scalar=True)
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id, "dtype": dtype}
+    bias = float(np.float32(params["head"]["bias"]) - np.float32(offset))
+    arrays = _tensors(config, family, params["decoder"])
+    arrays[_SCORE] = lambda: np.asarray(params["head"]["kernel"])[None]
+    shapes = _tensor_shapes(config, family, head=None) | {_SCORE: (1, config.width)}
+    _write(path, fields | ids | {_SCORE_BIAS: bias}, shapes, arrays, dtype, max_shard_bytes)
+
+
+def _open(
+    path_or_hub_id: str | os.PathLike[str], *, scalar: bool
+) -> tuple[pathlib.Path, ModelConfig, Family]:
+    directory = local_directory(path_or_hub_id)
+    file = directory / "config.json"
+    fields = tensor_files.read_json(file, "give a directory that transformers or this project saved")
+    try:
+        config = config_from_huggingface(fields, scalar=scalar)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    if scalar:
+        config = dataclasses.replace(config, tied_embeddings=True)
+    return directory, config, FAMILIES[config.family]
+
+
+def local_directory(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
+    """The directory itself, or where a repository of the hub was fetched to; no code and no pickles are fetched.
+
+    Raises:
+        InputError: there is no such directory, and no repository of that name can be reached.
+    """
+    directory = pathlib.Path(path_or_hub_id)
+    if directory.is_dir():
+        return directory
+    name = os.fspath(path_or_hub_id)
+    if not _HUB_ID.fullmatch(name):
         raise InputError(
-            f"architectures is {named!r} with model_type {fields.get('model_type')!r}: give a checkpoint of "
-            f"{architecture}"
+            f"model directory {name} is missing: give a Hugging Face directory that exists, or the name of a "
+            "repository on the hub such as 'owner/name'"
         )
-    for name, only in _REQUIRED_VALUES.items():
-        if fields.get(name, only) != only:
-            raise InputError(f"{name} is {fields[name]!r}: give a checkpoint where it is {only!r}")
-    if architecture == _SCALAR and len(fields.get("id2label", {0: "", 1: ""})) != 1:
-        raise InputError("id2label does not name exactly one label: give one saved with num_labels=1")
-    rotary = (fields.get("rope_scaling") or {}) | (fields.get("rope_parameters") or {})
-    kind = rotary.get("rope_type", rotary.get("type", "default"))
-    if kind != "default":
-        raise InputError(f"rope_type is {kind!r}: give a checkpoint without rope scaling")
+    # Imported where it is used: a run on local files needs no network library.
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
 
-    def required(name: str) -> Any:
-        if fields.get(name) is None:
-            raise InputError(f"{name} is missing: give the config.json that belongs to the weights")
-        return fields[name]
-
-    def optional(name: str, default: Any) -> Any:
-        return default if fields.get(name) is None else fields[name]
-
-    width, heads = required("hidden_size"), required("num_attention_heads")
-    return ModelConfig(
-        vocab_size=required("vocab_size"),
-        width=width,
-        num_layers=required("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=optional("num_key_value_heads", heads),
-        head_dim=optional("head_dim", width // heads),
-        mlp_width=required("intermediate_size"),
-        max_length=optional("max_position_embeddings", 2048),
-        rope_theta=rotary.get("rope_theta", optional("rope_theta", 10000.0)),
-        norm_epsilon=optional("rms_norm_eps", 1e-6),
-        tied_embeddings=optional("tie_word_embeddings", False),
-    )
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except (OSError, HFValidationError) as error:  # every failure of the hub's own is one of these
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0]}"
+        raise InputError(
+            f"model {name} is neither a directory nor a repository of the Hugging Face hub that can be fetched "
+            f"({reason}): give a directory, or fetch it where there is a network (hf download {name})"
+        ) from None
 
 
-def _to_huggingface(
-    config: ModelConfig, architecture: str, *, bos_id: int | None, eos_id: int | None, pad_id: int | None
-) -> dict[str, Any]:
-    return {
-        "architectures": [architecture],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.mlp_width,
-        "max_position_embeddings": config.max_length,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rms_norm_eps": config.norm_epsilon,
-        "tie_word_embeddings": config.tied_embeddings,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
-        "pad_token_id": pad_id,
-        "dtype": "float32",
-        **_REQUIRED_VALUES,
-    }
+def _by_leaf(shardings: Any, part: str) -> Callable[..., Any]:
+    """A function from the names below ``part`` to the sharding of that array, or None."""
+
+    def find(*names: str) -> Any:
+        node = shardings
+        for name in (part, *names):
+            node = node[name] if isinstance(node, Mapping) else node
+        return node
+
+    return find
 
 
-class _Tensors:
-    """The tensors of a directory by name; remembers which were read, so that none is left out in silence."""
-
-    def __init__(self, directory: pathlib.Path) -> None:
-        self._files = _open_all(directory)
-        self._unread = set(self._files)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """One tensor as float32."""
-        if name not in self._files:
-            some_file = next(iter(self._files.values()))[0]
-            raise InputError(
-                f"{some_file.parent} has no tensor {name}: give weights that belong to its config.json"
-            )
-        file, handle = self._files[name]
-        piece = handle.get_slice(name)
-        if tuple(piece.get_shape()) != shape:
-            raise InputError(
-                f"{file}: tensor {name} has shape {tuple(piece.get_shape())} where config.json says {shape}: "
-                "give weights that belong to this config.json"
-            )
-        if piece.get_dtype() not in _FLOATS:
-            raise InputError(
-                f"{file}: tensor {name} is {piece.get_dtype()}: give weights of one of {', '.join(_FLOATS)}"
-            )
-        self._unread.discard(name)
-        return handle.get_tensor(name).astype(np.float32)
-
-    def refuse_unread(self) -> None:
-        """Raises InputError if the files hold a tensor that the model has no place for."""
-        # Old exports carry the rotary wavelengths as a buffer; they follow from the config.
-        extra = sorted(name for name in self._unread if not name.endswith("rotary_emb.inv_freq"))
-        if extra:
-            raise InputError(
-                f"{self._files[extra[0]][0]}: {len(extra)} tensor(s) have no place in the model, first "
-                f"{extra[0]}: give weights that belong to this config.json"
-            )
+def _place(shape: tuple[int, ...], sharding: Any, read: Callable[[Index], np.ndarray]) -> jax.Array:
+    """An array on its devices; ``read`` is called once for every distinct slice that devices of this process hold."""
+    if sharding is None:
+        return jnp.asarray(read(tuple(slice(0, size) for size in shape)))
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    pieces = []
+    for bounds, devices in holders.items():
+        block = read(tuple(slice(start, stop) for start, stop in bounds))
+        pieces += [jax.device_put(block, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
 
-def _open_all(directory: pathlib.Path) -> dict[str, tuple[pathlib.Path, Any]]:
-    """Tensor name -> (file, open handle) over every weight file of the directory."""
-    index = directory / _INDEX
-    if (directory / _WEIGHTS).is_file():
-        files = [directory / _WEIGHTS]
-    elif index.is_file():
-        shards = _read_json(index, "download the checkpoint again").get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise InputError(f"{index} has no weight_map: download the checkpoint again")
-        files = [directory / name for name in sorted(set(shards.values()))]
-    else:
-        pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in directory.glob(kind))
-        if pickled:
-            raise InputError(
-                f"{directory / pickled[0]} is pickled, which can run code when opened, and is refused: save "
-                "the model again as safetensors (transformers does so by default)"
-            )
-        raise InputError(f"{directory} has no weights: add {_WEIGHTS}, or {_INDEX} with its shards")
-    found: dict[str, tuple[pathlib.Path, Any]] = {}
-    for file in files:
-        try:
-            handle = safetensors.safe_open(file, framework="numpy")
-        except FileNotFoundError:
-            raise InputError(
-                f"{file} is named by {index.name} and missing: download the checkpoint again"
-            ) from None
-        except safetensors.SafetensorError as error:
-            raise InputError(
-                f"{file} is not a whole safetensors file ({error}): download or save the checkpoint again"
-            ) from None
-        for name in handle.keys():  # noqa: SIM118 (not a dict)
-            if name in found:
-                raise InputError(
-                    f"{file}: tensor {name} is in {found[name][0].name} too: download the checkpoint again"
-                )
-            found[name] = (file, handle)
-    if not found:
-        raise InputError(f"{files[0]} holds no tensors: download or save the checkpoint again")
-    return found
-
-
-def _layer_name(index: int, name: str) -> str:
-    return f"model.layers.{index}.{_LAYER_NAMES[name]}.weight"
-
-
-def _read_decoder(config: ModelConfig, tensors: _Tensors, *, with_head: bool) -> Params:
+def _read_decoder(
+    config: ModelConfig, family: Family, files: TensorFiles, head: str | None, where: Callable[..., Any]
+) -> Params:
     shapes = parameter_shapes(config)["decoder"]
     decoder: Params = {}
-    for name, theirs in _TOP_NAMES.items():
-        decoder[name] = jnp.asarray(tensors.read(theirs, shapes[name]))
-    layers = {}
-    for name, shape in shapes["layers"].items():
-        stacked = np.empty(shape, np.float32)
-        for i in range(config.num_layers):
-            if name in _TRANSPOSED:
-                stacked[i] = tensors.read(_layer_name(i, name), shape[:0:-1]).T
-            else:
-                stacked[i] = tensors.read(_layer_name(i, name), shape[1:])
-        layers[name] = jnp.asarray(stacked)
-    decoder["layers"] = layers
-    if not config.tied_embeddings and with_head:
-        decoder["unembedding"] = jnp.asarray(tensors.read(_HEAD_NAME, shapes["unembedding"]))
-    elif config.tied_embeddings and _HEAD_NAME in tensors:
-        head = tensors.read(_HEAD_NAME, shapes["embedding"])
-        if not np.array_equal(head, np.asarray(decoder["embedding"])):
-            raise InputError(
-                f"tensor {_HEAD_NAME} differs from {_TOP_NAMES['embedding']} although config.json ties them: "
-                "set tie_word_embeddings to false"
-            )
+    for ours, theirs in family.top.items():
+        name = family.prefix + theirs
+        decoder[ours] = _place(shapes[ours], where(ours), lambda index, name=name: files.read(name, index))
+    decoder["layers"] = {}
+    for ours, shape in shapes["layers"].items():
+
+        def read(
+            index: Index, stored: Stored = family.layers[ours], shape: tuple[int, ...] = shape
+        ) -> np.ndarray:
+            block = np.empty([s.stop - s.start for s in index], np.float32)
+            for row, layer in enumerate(range(index[0].start, index[0].stop)):
+                block[row] = _read_piece(
+                    config, files, _layer_name(family, stored, layer), stored, index[1:], shape
+                )
+            return block
+
+        decoder["layers"][ours] = _place(shape, where("layers", ours), read)
+    if head is not None and not config.tied_embeddings:
+        shape = shapes["unembedding"]
+        decoder["unembedding"] = _place(shape, where("unembedding"), lambda index: files.read(head, index))
+    elif head is not None and head in files:
+        _check_tied(files, family, head, shapes["embedding"])
     return decoder
 
 
-def _decoder_tensors(config: ModelConfig, decoder: Params) -> Iterator[tuple[str, np.ndarray]]:
-    for ours, theirs in _TOP_NAMES.items():
-        yield theirs, np.asarray(decoder[ours])
-    for name, stacked in decoder["layers"].items():
-        for i in range(config.num_layers):
-            array = np.asarray(stacked[i])
-            yield _layer_name(i, name), array.T if name in _TRANSPOSED else array
+def _check_tied(files: TensorFiles, family: Family, head: str, shape: tuple[int, ...]) -> None:
+    """Raises InputError where a vocabulary head that config.json says is the embedding is not."""
+    embedding = family.prefix + family.top["embedding"]
+    for start in range(0, shape[0], 4096):  # rows at a time, so that neither is held whole
+        rows = (slice(start, min(start + 4096, shape[0])), slice(0, shape[1]))
+        if not np.array_equal(files.read(head, rows), files.read(embedding, rows)):
+            raise InputError(
+                f"{files.directory}: tensor {head} differs from {embedding} although config.json ties them: set "
+                "tie_word_embeddings to false"
+            )
 
 
-def _write(directory: pathlib.Path, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+def _layer_name(family: Family, stored: Stored, layer: int) -> str:
+    return family.prefix + family.layer.format(layer=layer) + stored.tensor
+
+
+def _read_piece(
+    config: ModelConfig, files: TensorFiles, name: str, stored: Stored, index: Index, shape: tuple[int, ...]
+) -> np.ndarray:
+    """A slice of one layer's array, ours, out of their tensor."""
+    if stored.layout == "same":
+        return files.read(name, index)
+    if stored.layout == "transposed":
+        return files.read(name, index[::-1]).T
+    whole = files.read(name, tuple(slice(0, size) for size in _their_shape(stored, shape[1:])))
+    if stored.layout == "third_of_columns":
+        return np.split(whole, 3, axis=-1)[stored.third][index]
+    heads = whole.reshape(config.num_heads, 3, config.head_dim, *whole.shape[1:])[:, stored.third]
+    return heads.reshape(-1, *whole.shape[1:]).T[index]
+
+
+def _their_shape(stored: Stored, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the tensor in which an array of ours of ``shape`` lies."""
+    if stored.layout == "third_of_columns":
+        return (*shape[:-1], 3 * shape[-1])
+    if stored.layout == "third_of_heads":
+        return (3 * shape[-1], *shape[:-1])
+    return shape[::-1] if stored.layout == "transposed" else shape
+
+
+def _tensor_shapes(config: ModelConfig, family: Family, *, head: str | None) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint, by its name there, in the order in which it is written."""
+    shapes = parameter_shapes(config)["decoder"]
+    table = {family.prefix + theirs: shapes[ours] for ours, theirs in family.top.items()}
+    for layer in range(config.num_layers):
+        for ours, shape in shapes["layers"].items():
+            stored = family.layers[ours]
+            table[_layer_name(family, stored, layer)] = _their_shape(stored, shape[1:])
+    return table | ({} if head is None else {head: shapes["embedding"]})
+
+
+def _tensors(config: ModelConfig, family: Family, decoder: Params) -> dict[str, Callable[[], np.ndarray]]:
+    """What gives each tensor of a checkpoint when it is written, by its name there."""
+    table = {
+        family.prefix + theirs: lambda ours=ours: np.asarray(decoder[ours])
+        for ours, theirs in family.top.items()
+    }
+    for layer in range(config.num_layers):
+        for ours, stored in family.layers.items():
+            if ours in decoder["layers"] and stored.third == 0:
+                name = _layer_name(family, stored, layer)
+                table[name] = lambda ours=ours, stored=stored, layer=layer: _their_tensor(
+                    config, decoder["layers"], ours, stored, layer
+                )
+    return table
+
+
+def _their_tensor(config: ModelConfig, layers: Params, ours: str, stored: Stored, layer: int) -> np.ndarray:
+    array = np.asarray(layers[ours][layer])
+    if stored.layout in ("same", "transposed"):
+        return array if stored.layout == "same" else array.T
+    ending = ours.removeprefix("query")
+    thirds = [np.asarray(layers[f"{name}{ending}"][layer]) for name in ("query", "key", "value")]
+    if stored.layout == "third_of_columns":
+        return np.concatenate(thirds, axis=-1)
+    by_head = [x.T.reshape(config.num_heads, config.head_dim, *x.shape[:-1]) for x in thirds]
+    return np.stack(by_head, axis=1).reshape(-1, *thirds[0].shape[:-1])
+
+
+def _write(
+    path: str | os.PathLike[str],
+    fields: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    arrays: Mapping[str, Callable[[], np.ndarray]],
+    dtype: str,
+    max_shard_bytes: int,
+) -> None:
+    directory = pathlib.Path(path)
     directory.mkdir(parents=True, exist_ok=True)
-    contiguous = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
-    # Whole files under temporary names first: a reader never sees half a file.
-    weights, config = directory / _WEIGHTS, directory / "config.json"
-    safetensors.numpy.save_file(contiguous, f"{weights}.partial", metadata={"format": "pt"})
-    pathlib.Path(f"{config}.partial").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    os.replace(f"{weights}.partial", weights)
-    os.replace(f"{config}.partial", config)
+    tensor_files.write_tensors(
+        directory, shapes, lambda name: arrays[name](), dtype=dtype, max_shard_bytes=max_shard_bytes
+    )
+    tensor_files.write_json(directory / "config.json", fields)

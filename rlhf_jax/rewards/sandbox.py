@@ -59,10 +59,16 @@ def run(program: str, tests: str, *, limits: Limits) -> Verdict:
     with tempfile.TemporaryDirectory(prefix="rlhf_jax_sandbox_") as directory:
         for name, source in (("program.py", program), ("tests.py", tests)):
             (pathlib.Path(directory) / name).write_bytes(source.encode("utf-8", "surrogatepass"))
-        return _run_child(directory, limits)
+        tests_file = os.open(pathlib.Path(directory) / "tests.py", os.O_RDONLY)
+        try:
+            # Open and yet nowhere to be found, so that a program cannot simply read what it is asked.
+            (pathlib.Path(directory) / "tests.py").unlink()
+            return _run_child(directory, tests_file, limits)
+        finally:
+            os.close(tests_file)
 
 
-def _run_child(directory: str, limits: Limits) -> Verdict:
+def _run_child(directory: str, tests: int, limits: Limits) -> Verdict:
     secret = secrets.token_bytes(32)
     with contextlib.ExitStack() as stack:
         secret_out, secret_in = _pipe(stack)
@@ -70,14 +76,14 @@ def _run_child(directory: str, limits: Limits) -> Verdict:
         os.write(secret_in, secret)
         memory = limits.memory_mib * _MEBIBYTE
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(_CHILD), str(limits.seconds), str(memory), str(secret_out),
-             str(report_in)],
+            [sys.executable, "-I", "-S", "-B", str(_CHILD), str(limits.seconds), str(memory), str(tests),
+             str(secret_out), str(report_in)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=directory,
             env={"HOME": directory},  # else the standard library asks a name service, over a socket
-            pass_fds=(secret_out, report_in),
+            pass_fds=(tests, secret_out, report_in),
             start_new_session=True,
         )  # fmt: skip
         with process:

@@ -8,6 +8,7 @@ read last of all.
 from __future__ import annotations
 
 import ctypes
+import importlib.machinery
 import importlib.util
 import os
 import resource
@@ -150,7 +151,8 @@ def announce(report: int) -> None:
 
 def load(name: str, path: str, given: dict[str, object]) -> dict[str, object]:
     """Runs a file as a module of which ``given`` are globals already; returns its globals."""
-    spec = importlib.util.spec_from_file_location(name, path)
+    loader = importlib.machinery.SourceFileLoader(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     module = importlib.util.module_from_spec(spec)
     vars(module).update({key: value for key, value in given.items() if not key.startswith("__")})
     sys.modules[name] = module
@@ -159,8 +161,8 @@ def load(name: str, path: str, given: dict[str, object]) -> dict[str, object]:
 
 
 def main() -> None:
-    """Arguments: seconds, bytes of memory, descriptor of the secret (to read), descriptor of the report (to write)."""
-    seconds, memory_bytes, secret, report = float(sys.argv[1]), *map(int, sys.argv[2:5])
+    """Arguments: seconds, bytes of memory, and the descriptors of tests and secret (to read) and report (to write)."""
+    seconds, memory_bytes, tests, secret, report = float(sys.argv[1]), *map(int, sys.argv[2:6])
     sys.argv = sys.argv[:1]
     limit(seconds, memory_bytes)
     trouble = install_filter()
@@ -169,7 +171,7 @@ def main() -> None:
         return
     announce(report)
     try:
-        load("tests", "tests.py", load("program", "program.py", {}))
+        load("tests", f"/proc/self/fd/{tests}", load("program", "program.py", {}))
         os.write(report, os.read(secret, 64))
     except BaseException as error:  # SystemExit too: the program must reach the end of its tests
         said = traceback.format_exception_only(error)[-1].strip()

@@ -158,7 +158,7 @@ def format_verdicts(completions: Sequence[str], pattern: str) -> list[Verdict]:
             verdicts[place] = _FORMAT_ANSWERS[answer]
         places = places[len(answered) :]
         if places:  # the process died on this one
-            verdicts[places[0]] = _FORMAT_ANSWERS["late"]
+            verdicts[places[0]] = _wrong("the regular expression's process died on it")
             places = places[1:]
     return verdicts
 

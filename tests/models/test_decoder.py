@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models import decoder
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.parts import positions_from_mask
@@ -142,17 +143,34 @@ def test_bfloat16_computes_in_bfloat16_and_stays_close(params, logits):
     assert 1e-4 < difference < 0.03
 
 
-def test_every_parameter_has_a_name_for_every_axis():
-    axes = decoder.logical_axes(CONFIG)
-    shapes = decoder.parameter_shapes(CONFIG)
+# Every parameter that a model can have.
+EVERYTHING = dataclasses.replace(
+    CONFIG,
+    norm="layer",
+    positions="learned",
+    post_norms=True,
+    query_key_norms=True,
+    qkv_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+)
+
+
+@pytest.mark.parametrize(("config", "count"), [(CONFIG, 12), (EVERYTHING, 29)])
+def test_every_parameter_has_a_name_for_every_axis(config, count):
+    axes = decoder.logical_axes(config)
+    shapes = decoder.parameter_shapes(config)
     sizes = {
         "layers": {3},
         "vocab": {23},
+        "position": {32},
         "embed": {16},
         "heads": {16},
         "kv_heads": {8},
+        "head_dim": {4},
         "mlp": {20},
     }
+    assert len(jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))) == count
     flat_axes = jax.tree_util.tree_leaves_with_path(
         axes, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec)
     )
@@ -162,6 +180,39 @@ def test_every_parameter_has_a_name_for_every_axis():
         assert len(names) == len(flat_shapes[path])
         for name, size in zip(names, flat_shapes[path], strict=True):
             assert size in sizes[name]
+
+
+def test_fresh_norms_are_the_identity_however_they_are_kept():
+    plain, centred = (
+        decoder.init_params(dataclasses.replace(CONFIG, zero_centred_norms=centred), jax.random.key(3))[
+            "decoder"
+        ]
+        for centred in (False, True)
+    )
+    for name in ("attention_norm", "mlp_norm"):
+        np.testing.assert_array_equal(plain["layers"][name], 1.0)
+        np.testing.assert_array_equal(centred["layers"][name], 0.0)
+    np.testing.assert_array_equal(plain["final_norm"], 1.0 + centred["final_norm"])
+
+
+def test_rows_longer_than_the_learned_positions_are_refused_unless_packed():
+    config = dataclasses.replace(CONFIG, positions="learned", max_length=12)
+    params = decoder.init_params(config, jax.random.key(0))
+    packed, segments = TOKENS.reshape(1, 24), np.repeat([[0, 1]], 12, axis=1)
+    with pytest.raises(InputError, match="24 columns.*12 learned positions"):
+        decoder.hidden_states(config, params, packed, np.ones((1, 24), bool))
+    together = decoder.hidden_states(config, params, packed, np.ones((1, 24), bool), segment_ids=segments)
+    separate = decoder.hidden_states(config, params, TOKENS, REAL)
+    np.testing.assert_allclose(together.reshape(2, 12, 16), separate, atol=1e-5)
+
+
+def test_a_head_whose_logits_are_capped_is_not_given_bare(params):
+    config = dataclasses.replace(CONFIG, logit_softcap=0.5)
+    with pytest.raises(InputError, match="logit_softcap is 0.5"):
+        decoder.unembedding(config, params)
+    bare = np.asarray(decoder.logits(CONFIG, params, TOKENS, REAL), np.float64)
+    capped = decoder.logits(config, params, TOKENS, REAL)
+    np.testing.assert_allclose(capped, 0.5 * np.tanh(bare / 0.5), atol=1e-5)
 
 
 def test_fresh_parameters_follow_the_key_and_the_stated_scales():

@@ -11,12 +11,14 @@ import pytest
 import safetensors.numpy
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import decoder, heads
+from rlhf_jax.models import decoder, heads, tensor_files
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.huggingface import (
     config_from_huggingface,
+    from_pretrained,
     load_pretrained,
     load_pretrained_scalar,
+    read_config,
     save_pretrained,
     save_pretrained_scalar,
 )
@@ -112,34 +114,18 @@ def test_what_transformers_saves_in_shards_gives_the_same_logits_here(torch, tmp
     np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
 
 
-def test_a_reward_model_scores_the_same_in_transformers(torch, tmp_path):
-    import transformers
-
-    config = TIED
-    params = {**lively(config, 2), "head": heads.init_scalar_head(config, jax.random.key(5))}
-    save_pretrained_scalar(tmp_path / "plain", config, params, pad_id=0)
-    model, report = transformers.LlamaForSequenceClassification.from_pretrained(
-        tmp_path / "plain", output_loading_info=True
-    )
-    assert not any(report.values()), report
-    # transformers pools at the last token that is not the padding id, so real tokens must differ from it.
-    right = MASK[:, ::-1]
-    tokens = np.where(right, np.maximum(TOKENS, 1), 0)
-    with torch.no_grad():
-        theirs = (
-            model.float()
-            .eval()(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(right.astype(np.int64)))
-            .logits[:, 0]
-            .numpy()
-        )
-    hidden = decoder.hidden_states(config, params, tokens, right)
-    ours = heads.last_token_values(heads.scalar_head(params["head"], hidden), jnp.asarray(right))
-    assert np.abs(theirs).min() > 1e-3
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    same_trees(load_pretrained_scalar(tmp_path / "plain")[1], params)
-    params["head"]["bias"] = jnp.float32(-1.25)
-    save_pretrained_scalar(tmp_path / "shifted", config, params)
-    same_trees(load_pretrained_scalar(tmp_path / "shifted")[1], params)
+def test_a_reward_models_bias_and_offset_are_kept_beside_the_weights(tmp_path):
+    params = {**lively(GROUPED, 2), "head": heads.init_scalar_head(GROUPED, jax.random.key(5))}
+    params["head"]["bias"] = jnp.float32(-1.3)
+    save_pretrained_scalar(tmp_path, GROUPED, params, offset=0.7)
+    assert "score.bias" not in safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    config, back = load_pretrained_scalar(tmp_path)
+    assert config == dataclasses.replace(GROUPED, tied_embeddings=True)
+    del params["decoder"]["unembedding"]
+    params["head"]["bias"] = np.float32(-1.3) - np.float32(0.7)
+    same_trees(back, params)
+    reconfigure(tmp_path, score_bias="much")
+    refused(tmp_path, tmp_path / "config.json", "score_bias", "much", load=load_pretrained_scalar)
 
 
 def test_the_real_checkpoint_gives_its_published_numbers(shared_data):
@@ -274,23 +260,98 @@ def test_a_head_that_config_says_is_tied_but_differs(copy):
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "llama3"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "linear"),
+        ({"architectures": ["BloomForCausalLM"], "model_type": "bloom"}, "BloomForCausalLM"),
+        ({"hidden_act": "mish"}, "hidden_act"),
         ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": "wide"}, "wide"),
         ({"vocab_size": -1}, "vocab_size"),
     ],
 )
-def test_a_config_this_decoder_does_not_compute(copy, changes, word):
+def test_a_config_that_cannot_be_used_is_named_with_its_file(copy, changes, word):
     reconfigure(copy, **changes)
     refused(copy, copy / "config.json", word)
 
 
 def test_a_causal_model_is_not_a_reward_model(saved):
     refused(saved, saved / "config.json", "LlamaForSequenceClassification", load=load_pretrained_scalar)
+
+
+def test_arrays_are_read_onto_their_devices_a_slice_at_a_time(saved, monkeypatch):
+    config, whole = load_pretrained(saved)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    names = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
+
+    def on_mesh(axes):
+        return jax.sharding.NamedSharding(
+            mesh, jax.sharding.PartitionSpec(*(names.get(name) for name in axes))
+        )
+
+    is_axes = lambda x: isinstance(x, jax.sharding.PartitionSpec)  # noqa: E731
+    shardings = jax.tree.map(on_mesh, decoder.logical_axes(read_config(saved)), is_leaf=is_axes)
+    sizes = {}
+    read = tensor_files.TensorFiles.read
+
+    def recorded(files, name, index):
+        block = read(files, name, index)
+        sizes[name] = sizes.get(name, 0) + block.size
+        return block
+
+    monkeypatch.setattr(tensor_files.TensorFiles, "read", recorded)
+    _, params = from_pretrained(saved, shardings=shardings)
+    same_trees(params, whole)
+    jax.tree.map(lambda array, wanted: np.testing.assert_(array.sharding == wanted), params, shardings)
+    # Four devices share no slice of a kernel and two hold the same: each slice was read once.
+    assert sizes["model.layers.1.mlp.up_proj.weight"] == 40 * 24
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
+    _, params = from_pretrained(saved, shardings=one)
+    same_trees(params, whole)
+    assert all(leaf.sharding == one for leaf in jax.tree.leaves(params))
+
+
+def test_weights_rounded_to_half_precision_come_back_bitwise(copy, tmp_path):
+    for dtype, kind in (("bfloat16", jnp.bfloat16), ("float16", np.float16)):
+        config, params = load_pretrained(copy)
+        save_pretrained(tmp_path / dtype, config, params, dtype=dtype)
+        written = safetensors.numpy.load_file(tmp_path / dtype / "model.safetensors")
+        assert {value.dtype for value in written.values()} == {np.dtype(kind)}
+        config, rounded = load_pretrained(tmp_path / dtype)
+        halves = jax.tree.map(lambda x, kind=kind: np.asarray(x).astype(kind).astype(np.float32), params)
+        same_trees(halves, rounded)
+        save_pretrained(tmp_path / "again", config, rounded, dtype=dtype)
+        names = ("model.safetensors", "config.json")
+        assert all(
+            (tmp_path / dtype / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in names
+        )
+
+
+def test_a_save_leaves_nothing_of_the_one_before(saved, tmp_path):
+    config, params = load_pretrained(saved)
+    for size, files in ((20_000, 3), (10**9, 1), (30_000, 2)):
+        save_pretrained(tmp_path, config, params, max_shard_bytes=size)
+        weights = sorted(tmp_path.glob("*.safetensors"))
+        assert len(weights) == files and all(file.stat().st_size < size + 4000 for file in weights)
+        assert (tmp_path / "model.safetensors.index.json").exists() == (files > 1)
+        assert not list(tmp_path.glob("*.partial"))
+        same_trees(load_pretrained(tmp_path)[1], params)
+    for options, word in (({"max_shard_bytes": 0}, "max_shard_bytes"), ({"dtype": "int8"}, "int8")):
+        with pytest.raises(InputError, match=word):
+            save_pretrained(tmp_path, config, params, **options)
+    same_trees(load_pretrained(tmp_path)[1], params)
+
+
+def test_a_name_that_is_no_directory_and_cannot_be_fetched(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    refused("someone/some-model", "someone/some-model", "neither a directory nor", "hf download")
+    refused("runs/with/too/many", "runs/with/too/many", "missing", "owner/name")
+
+
+def test_tensors_without_the_models_prefix(copy):
+    rewrite(copy, lambda t: [t.update({k.removeprefix("model."): t.pop(k)}) for k in list(t)])
+    same_trees(load_pretrained(copy)[1], lively(GROUPED, 1))
 
 
 def test_older_spelling_of_the_rotary_base():

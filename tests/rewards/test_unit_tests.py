@@ -45,6 +45,7 @@ WRONG = {
     "hard exit": ("import os; os._exit(0)", "exited with status 0"),
     "a crash": ("import ctypes; ctypes.string_at(0)", "SIGSEGV"),
     "an error that cannot be said": ("class E(Exception):\n def __str__(self): 1/0\nraise E", "E"),
+    "one that reads its tests": ("print(open('tests.py').read())\n" + ADD, "FileNotFoundError"),
     "a fork": (caught("os.fork()", "import os"), "started a process"),
     "a fork behind Python's back": (caught("ctypes.CDLL(None).fork()", "import ctypes"), "not allowed"),
     "a thread": (caught("threading.Thread(target=print).start()", "import threading"), "thread"),
@@ -57,7 +58,7 @@ WRONG = {
         "PermissionError",
     ),
     "a file's attributes": (
-        "import fcntl\nfcntl.ioctl(open('tests.py'), 0x40086602, b'\\0' * 8)\n" + ADD,
+        "import fcntl\nfcntl.ioctl(open('program.py'), 0x40086602, b'\\0' * 8)\n" + ADD,
         "PermissionError",
     ),
     "a word from inside": (

@@ -100,9 +100,10 @@ def test_a_catastrophic_pattern_costs_its_row_alone():
 
 
 def test_rows_after_one_that_kills_the_matcher_are_still_judged(monkeypatch):
-    dying = verifiers._MATCHER.replace("answer = ", 'answer = text == "die" and sys.exit(1) or ')
+    dying = verifiers._MATCHER.replace("pattern.full", '(text == "die" and sys.exit(1)) or pattern.full')
     monkeypatch.setattr(verifiers, "_MATCHER", dying)
-    assert verifiers.format_reward(["a", "die", "a", "b"], "a").tolist() == [1, 0, 1, 0]
+    verdicts = verifiers.format_verdicts(["a", "die", "a", "b"], "a")
+    assert [verdict.reward for verdict in verdicts] == [1, 0, 1, 0] and "died" in verdicts[1].reason
 
 
 def test_a_pattern_that_does_not_compile_is_the_callers_mistake():

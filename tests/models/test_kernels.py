@@ -1,0 +1,106 @@
+"""Oracle: ``attention.causal_attention``, itself tested against loops; the TPU kernel runs interpreted."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import decoder, kernels
+from rlhf_jax.models.attention import causal_attention, causal_mask
+from rlhf_jax.models.config import ModelConfig
+
+CONFIG = ModelConfig(
+    vocab_size=13,
+    width=16,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    mlp_width=12,
+    max_length=32,
+)
+
+
+def value_and_gradients(attend, arrays, cotangent):
+    def total(*arrays):
+        out = attend(*arrays)
+        return jnp.sum(jnp.where(cotangent != 0, out * cotangent, 0)), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(*arrays)
+    return (jnp.where(cotangent != 0, out, 0), *gradients)
+
+
+def inputs(length, head_dim):
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=(2, length, h, head_dim)), jnp.float32) for h in (4, 2, 2)]
+    token_mask = np.arange(length)[None] >= np.array([[0], [5]])
+    segments = np.where(np.arange(length) < length // 3, 0, 1)[None].repeat(2, 0)
+    cotangent = np.where(token_mask[..., None, None], rng.normal(size=(2, length, 4, head_dim)), 0)
+    return arrays, jnp.asarray(token_mask), jnp.asarray(segments), jnp.asarray(cotangent, jnp.float32)
+
+
+def test_xla_attention_is_ours_in_value_and_gradient():
+    arrays, token_mask, segments, cotangent = inputs(24, 4)
+    mask = causal_mask(token_mask, segments, window=6)
+    ours = value_and_gradients(lambda *x: causal_attention(*x, mask, scale=0.7), arrays, cotangent)
+    theirs = value_and_gradients(
+        lambda *x: kernels.dot_product_attention(*x, mask, scale=0.7, implementation="xla"), arrays, cotangent
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-6)
+
+
+@pytest.mark.parametrize("which", [True, False])
+def test_splash_attention_is_ours_in_value_and_gradient(which):
+    arrays, token_mask, segments, cotangent = inputs(256, 128)
+    window = 70 if which else None
+    mask = causal_mask(token_mask, segments, window=window)
+    ours = value_and_gradients(
+        lambda *x: causal_attention(*x, mask, scale=0.11, softcap=2.5), arrays, cotangent
+    )
+
+    def splash(*heads):
+        return kernels.splash_attention(
+            *heads,
+            jnp.where(token_mask, segments, -1),
+            scale=0.11,
+            softcap=2.5,
+            windows=(70, None),
+            which=jnp.asarray(which),
+            interpret=True,
+        )
+
+    for a, b in zip(ours, value_and_gradients(splash, arrays, cotangent), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_splash_says_which_lengths_it_takes():
+    arrays, token_mask, segments, _ = inputs(24, 4)
+    with pytest.raises(InputError, match="24 columns.*multiple of 128"):
+        kernels.splash_attention(
+            *arrays, segments, scale=1.0, softcap=None, windows=(None,), which=jnp.asarray(False)
+        )
+
+
+def test_the_decoder_uses_what_its_config_names():
+    config = dataclasses.replace(CONFIG, window=5, window_pattern=(True, False))
+    params = decoder.init_params(config, jax.random.key(0))
+    tokens = np.random.default_rng(1).integers(0, 13, size=(2, 20))
+    mask = np.arange(20)[None] >= np.array([[0], [6]])
+
+    def loss(params, config):
+        return jnp.sum(jnp.where(mask[..., None], jnp.sin(decoder.logits(config, params, tokens, mask)), 0))
+
+    both = [
+        jax.jit(jax.value_and_grad(loss), static_argnums=1)(
+            params, dataclasses.replace(config, attention=attention)
+        )
+        for attention in ("own", "xla")
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *both)
+    splash = dataclasses.replace(config, attention="splash")
+    with pytest.raises(InputError, match="20 columns"):
+        decoder.logits(splash, params, tokens, mask)
