@@ -78,6 +78,8 @@ def test_a_curve_of_normal_rewards_follows_order_statistics():
     # At n = 1 every prompt's estimate is a mean of 256: the standard error over 400 prompts is 1 / sqrt(256 * 400).
     assert points[0].proxy_error == pytest.approx(1 / np.sqrt(256 * 400), rel=0.15)
     assert best_of_n.best_of_n_curve(proxy[:1], gold[:1], [2])[0].gold_error == 0.0
+    (pair,) = best_of_n.best_of_n_curve(np.array([[1.0], [3.0]]), np.zeros((2, 1)), [1])
+    assert pair.proxy == 2.0 and pair.proxy_error == pytest.approx(1.0)  # sqrt(2) / sqrt(2)
 
 
 def test_measurements_are_curves_of_sets_of_prompts_from_their_own_start():

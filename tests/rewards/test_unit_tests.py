@@ -160,7 +160,7 @@ def test_the_temporary_directory_is_gone():
 
 def test_the_environment_is_not_passed_on(monkeypatch):
     monkeypatch.setenv("SECRET_OF_MINE", "hush")
-    verdict = sandbox.run("import os", "assert sorted(os.environ) <= ['HOME', 'LC_CTYPE']", limits=QUICK)
+    verdict = sandbox.run("import os", "assert set(os.environ) <= {'HOME', 'LC_CTYPE'}, 'seen'", limits=QUICK)
     assert verdict.reward == 1.0, verdict
 
 
