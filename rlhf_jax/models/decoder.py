@@ -216,6 +216,11 @@ def parameter_shapes(config: ModelConfig) -> Params:
     return jax.tree.map(lambda leaf: leaf.shape, abstract)
 
 
+def layer_axes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Name -> (shape, logical axes) of every parameter of one layer, without the axis of layers."""
+    return {name: (shape, axes) for name, (shape, axes, _) in _layer_parameters(config).items()}
+
+
 def logical_axes(config: ModelConfig) -> Params:
     """The tree of ``init_params`` with a ``PartitionSpec`` of logical names at every leaf; allocates nothing.
 

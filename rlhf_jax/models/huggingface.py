@@ -11,7 +11,7 @@ import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -248,14 +248,11 @@ def _read_decoder(
     decoder["layers"] = {}
     for ours, shape in shapes["layers"].items():
 
-        def read(
-            index: Index, stored: Stored = family.layers[ours], shape: tuple[int, ...] = shape
-        ) -> np.ndarray:
+        def read(index: Index, stored: Stored = family.layers[ours]) -> np.ndarray:
             block = np.empty([s.stop - s.start for s in index], np.float32)
             for row, layer in enumerate(range(index[0].start, index[0].stop)):
-                block[row] = _read_piece(
-                    config, files, _layer_name(family, stored, layer), stored, index[1:], shape
-                )
+                name = _layer_name(family, stored, layer)
+                block[row] = _read_piece(config, files, name, stored, index[1:])
             return block
 
         decoder["layers"][ours] = _place(shape, where("layers", ours), read)
@@ -284,18 +281,30 @@ def _layer_name(family: Family, stored: Stored, layer: int) -> str:
 
 
 def _read_piece(
-    config: ModelConfig, files: TensorFiles, name: str, stored: Stored, index: Index, shape: tuple[int, ...]
+    config: ModelConfig, files: TensorFiles, name: str, stored: Stored, index: Index
 ) -> np.ndarray:
     """A slice of one layer's array, ours, out of their tensor."""
     if stored.layout == "same":
         return files.read(name, index)
     if stored.layout == "transposed":
         return files.read(name, index[::-1]).T
-    whole = files.read(name, tuple(slice(0, size) for size in _their_shape(stored, shape[1:])))
+    return split_thirds(config, stored, files.read_whole(name))[index]
+
+
+def split_thirds(config: ModelConfig, stored: Stored, whole: np.ndarray) -> np.ndarray:
+    """Query, key or value [..., heads] out of the tensor that holds all three."""
     if stored.layout == "third_of_columns":
-        return np.split(whole, 3, axis=-1)[stored.third][index]
+        return np.split(whole, 3, axis=-1)[stored.third]
     heads = whole.reshape(config.num_heads, 3, config.head_dim, *whole.shape[1:])[:, stored.third]
-    return heads.reshape(-1, *whole.shape[1:]).T[index]
+    return heads.reshape(-1, *whole.shape[1:]).T
+
+
+def join_thirds(config: ModelConfig, stored: Stored, thirds: Sequence[np.ndarray]) -> np.ndarray:
+    """The tensor that holds query, key and value [..., heads]: the inverse of ``split_thirds``."""
+    if stored.layout == "third_of_columns":
+        return np.concatenate(thirds, axis=-1)
+    by_head = [x.T.reshape(config.num_heads, config.head_dim, *x.shape[:-1]) for x in thirds]
+    return np.stack(by_head, axis=1).reshape(-1, *thirds[0].shape[:-1])
 
 
 def _their_shape(stored: Stored, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -340,10 +349,7 @@ def _their_tensor(config: ModelConfig, layers: Params, ours: str, stored: Stored
         return array if stored.layout == "same" else array.T
     ending = ours.removeprefix("query")
     thirds = [np.asarray(layers[f"{name}{ending}"][layer]) for name in ("query", "key", "value")]
-    if stored.layout == "third_of_columns":
-        return np.concatenate(thirds, axis=-1)
-    by_head = [x.T.reshape(config.num_heads, config.head_dim, *x.shape[:-1]) for x in thirds]
-    return np.stack(by_head, axis=1).reshape(-1, *thirds[0].shape[:-1])
+    return join_thirds(config, stored, thirds)
 
 
 def _write(

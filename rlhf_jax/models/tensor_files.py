@@ -60,13 +60,15 @@ def read_json(file: pathlib.Path, remedy: str) -> dict[str, Any]:
 class TensorFiles:
     """The tensors of a directory by name; ``prefix`` is put before names where a file leaves it out.
 
+    weights: the file they are in; of the default's there may be shards and an index instead.
+
     Raises:
         InputError: no weights, pickled ones only, or a file that is not whole; the message names it.
     """
 
-    def __init__(self, directory: pathlib.Path, prefix: str = "") -> None:
+    def __init__(self, directory: pathlib.Path, prefix: str = "", weights: str = WEIGHTS) -> None:
         self.directory = directory
-        found = _open_all(directory)
+        found = _open_all(directory, weights)
         bare = prefix and not any(name.startswith(prefix) for name in found)
         self._files = {
             (prefix + name if bare and not name.startswith(_HEADS) else name): (name, *value)
@@ -106,11 +108,16 @@ class TensorFiles:
         kept, _, handle = self._files[name]
         return handle.get_slice(kept)[index].astype(np.float32)
 
+    def read_whole(self, name: str) -> np.ndarray:
+        """A whole tensor as float32."""
+        kept, _, handle = self._files[name]
+        return handle.get_tensor(kept).astype(np.float32)
 
-def _open_all(directory: pathlib.Path) -> dict[str, tuple[pathlib.Path, Any]]:
+
+def _open_all(directory: pathlib.Path, weights: str) -> dict[str, tuple[pathlib.Path, Any]]:
     """Tensor name -> (file, open handle) over every weight file of the directory."""
     found: dict[str, tuple[pathlib.Path, Any]] = {}
-    files = _weight_files(directory)
+    files = _weight_files(directory, weights)
     for file in files:
         try:
             handle = safetensors.safe_open(file, framework="numpy")
@@ -133,11 +140,11 @@ def _open_all(directory: pathlib.Path) -> dict[str, tuple[pathlib.Path, Any]]:
     return found
 
 
-def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
+def _weight_files(directory: pathlib.Path, weights: str) -> list[pathlib.Path]:
     index = directory / INDEX
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    if index.is_file():
+    if (directory / weights).is_file():
+        return [directory / weights]
+    if weights == WEIGHTS and index.is_file():
         shards = read_json(index, "download the checkpoint again").get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(isinstance(x, str) for x in shards.values()):
             raise InputError(f"{index} has no weight_map of file names: download the checkpoint again")
@@ -148,7 +155,8 @@ def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
             f"{directory / pickled[0]} is pickled, which can run code when opened, and is refused: save "
             "the model again as safetensors (transformers does so by default)"
         )
-    raise InputError(f"{directory} has no weights: add {WEIGHTS}, or {INDEX} with its shards")
+    shards = f", or {INDEX} with its shards" if weights == WEIGHTS else ""
+    raise InputError(f"{directory} has no weights: add {weights}{shards}")
 
 
 def write_tensors(
@@ -180,9 +188,9 @@ def write_tensors(
     # Whole files under temporary names first: a reader never sees half a file.
     for file, shard in zip(names, shards, strict=True):
         held = {name: np.ascontiguousarray(tensor(name)).astype(DTYPES[dtype]) for name in shard}
-        safetensors.numpy.save_file(held, directory / f"{file}.partial", metadata={"format": "pt"})
+        _save_partial(directory / file, held)
     for file in names:
-        os.replace(directory / f"{file}.partial", directory / file)
+        _replace_by_partial(directory / file)
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
@@ -206,8 +214,22 @@ def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> Sequence[Sequence
     return shards
 
 
+def write_file(file: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes float32 tensors into one file, whole or not at all."""
+    _save_partial(file, {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()})
+    _replace_by_partial(file)
+
+
 def write_json(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
     """Writes an object, whole or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    file.with_name(f"{file.name}.partial").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    _replace_by_partial(file)
+
+
+def _save_partial(file: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    # transformers refuses a file whose metadata does not say which framework's layout it has.
+    safetensors.numpy.save_file(tensors, file.with_name(f"{file.name}.partial"), metadata={"format": "pt"})
+
+
+def _replace_by_partial(file: pathlib.Path) -> None:
+    os.replace(file.with_name(f"{file.name}.partial"), file)
