@@ -188,6 +188,11 @@ class ModelConfig:
                 f"model field attention is {self.attention!r}, which does not compute attention_softcap "
                 f"({self.attention_softcap}): give 'own' or 'splash'"
             )
+        if self.attention == "cudnn" and self.compute_dtype != "bfloat16":
+            raise InputError(
+                f"model field attention is 'cudnn', which does not compute in {self.compute_dtype}: set compute_dtype "
+                "to bfloat16, or attention to 'xla'"
+            )
 
     @property
     def rotary_dim(self) -> int:

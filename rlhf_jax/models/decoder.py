@@ -7,6 +7,7 @@ the name of every axis of every parameter for a sharding table to map onto a mes
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -107,9 +108,16 @@ class Layer(nn.Module):
             heads, scale, softcap = (query, key, value), config.score_scale, config.attention_softcap
             if config.attention == "splash":
                 windows = tuple(dict.fromkeys(config.window if w else None for w in config.windowed))
-                segments = shared.segments
+                rows, kv_heads = nn.logical_to_mesh_axes(("batch", "kv_heads"))
                 mixed = kernels.splash_attention(
-                    *heads, segments, scale=scale, softcap=softcap, windows=windows, which=windowed
+                    *heads,
+                    shared.segments,
+                    scale=scale,
+                    softcap=softcap,
+                    windows=windows,
+                    which=windowed,
+                    row_axes=rows,
+                    head_axes=kv_heads,
                 )
             elif config.attention == "own":
                 mixed = causal_attention(*heads, mine(shared.masks), scale=scale, softcap=softcap)
@@ -207,6 +215,8 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 def _init_variables(config: ModelConfig, key: jax.Array) -> Any:
     shape = (1, 2)
+    # No parameter depends on who computes attention, and some of them take no rows of two columns.
+    config = dataclasses.replace(config, attention="own")
     return Decoder(config).init(key, jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool))
 
 

@@ -10,8 +10,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from rlhf_jax.errors import InputError
+
+MeshAxes = str | tuple[str, ...] | None
 
 # Rows and columns of a splash block; what is cut into them must be a multiple.
 SPLASH_BLOCK = 128
@@ -44,13 +47,16 @@ def splash_attention(
     softcap: float | None,
     windows: tuple[int | None, ...],
     which: jax.Array,
+    row_axes: MeshAxes = None,
+    head_axes: MeshAxes = None,
     interpret: bool = False,
 ) -> jax.Array:
     """As ``causal_attention``, where tokens of one segment see each other: a mask is never held.
 
     query [B, S, H, K]; key, value [B, S, J, K]; segments [B, S] int, of which padding has its own. windows: one, or
-    the two that the model's layers have; of two, ``which`` ([] bool) picks the one that is not None. interpret: run
-    the kernel's program without a TPU, slowly.
+    the two that the model's layers have; of two, ``which`` ([] bool) picks the one that is not None. row_axes,
+    head_axes: the axes of the mesh in scope (``jax.set_mesh``) over which rows and heads are split: XLA cannot split
+    this kernel by itself. interpret: run the kernel's program without a TPU, slowly.
 
     Raises:
         InputError: S is not a multiple of 128.
@@ -62,16 +68,29 @@ def splash_attention(
             f"whose sum is a multiple of {SPLASH_BLOCK}, or attention='xla'"
         )
     heads = [checkpoint_name(jnp.swapaxes(x, 1, 2), "attention_inputs") for x in (query * scale, key, value)]
+    local = max(windows, key=lambda window: window is not None)
 
-    def attend(window: int | None) -> jax.Array:
-        kernel = _splash_kernel(query.shape[2], length, window, softcap, interpret)
+    def attend(window: int | None, heads: list[jax.Array], segments: jax.Array) -> jax.Array:
+        kernel = _splash_kernel(heads[0].shape[1], length, window, softcap, interpret)
         return jax.vmap(kernel)(*heads, _segment_ids(segments))
 
-    if len(windows) == 1:
-        mixed = attend(windows[0])
+    def on_one_device(heads: list[jax.Array], segments: jax.Array, which: jax.Array) -> jax.Array:
+        if len(windows) == 1:
+            return attend(local, heads, segments)
+        return jax.lax.cond(
+            which, lambda: attend(local, heads, segments), lambda: attend(None, heads, segments)
+        )
+
+    if jax.sharding.get_abstract_mesh().empty:
+        mixed = on_one_device(heads, segments, which)
     else:
-        local = max(windows, key=lambda window: window is not None)
-        mixed = jax.lax.cond(which, lambda: attend(local), lambda: attend(None))
+        split = PartitionSpec(row_axes, head_axes)
+        mixed = jax.shard_map(
+            on_one_device,
+            in_specs=([split] * 3, PartitionSpec(row_axes), PartitionSpec()),
+            out_specs=split,
+            check_vma=False,
+        )(heads, segments, which)
     return jnp.swapaxes(mixed, 1, 2).astype(query.dtype)
 
 

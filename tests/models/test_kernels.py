@@ -1,5 +1,6 @@
 """Oracle: ``attention.causal_attention``, itself tested against loops; the TPU kernel runs interpreted."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -53,8 +54,8 @@ def test_xla_attention_is_ours_in_value_and_gradient():
         np.testing.assert_allclose(a, b, atol=3e-6)
 
 
-@pytest.mark.parametrize("which", [True, False])
-def test_splash_attention_is_ours_in_value_and_gradient(which):
+@pytest.mark.parametrize(("which", "split"), [(True, False), (False, False), (True, True)])
+def test_splash_attention_is_ours_in_value_and_gradient(which, split):
     arrays, token_mask, segments, cotangent = inputs(256, 128)
     window = 70 if which else None
     mask = causal_mask(token_mask, segments, window=window)
@@ -70,10 +71,15 @@ def test_splash_attention_is_ours_in_value_and_gradient(which):
             softcap=2.5,
             windows=(70, None),
             which=jnp.asarray(which),
+            row_axes="data" if split else None,
+            head_axes="tensor" if split else None,
             interpret=True,
         )
 
-    for a, b in zip(ours, value_and_gradients(splash, arrays, cotangent), strict=True):
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh) if split else contextlib.nullcontext():
+        theirs = value_and_gradients(splash, arrays, cotangent)
+    for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
@@ -102,5 +108,6 @@ def test_the_decoder_uses_what_its_config_names():
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *both)
     splash = dataclasses.replace(config, attention="splash")
+    jax.tree.map(np.testing.assert_array_equal, decoder.init_params(splash, jax.random.key(0)), params)
     with pytest.raises(InputError, match="20 columns"):
         decoder.logits(splash, params, tokens, mask)
