@@ -137,7 +137,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
     """As absl does; but a config file that is not there, an OSError once it is used, is said in a sentence too."""
     try:
         rest = app.parse_flags_with_usage(argv)
-        flags.FLAGS["config"].value.to_dict()
+        if "config" in flags.FLAGS:  # not every main has one
+            flags.FLAGS["config"].value.to_dict()
     except (OSError, AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         _stop_with(f"--config cannot be loaded: {reason}; give a Python file as those in {CONFIGS}")

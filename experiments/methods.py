@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 import sys
 import time
 
@@ -62,6 +63,8 @@ def main(stop):
     policies = {name: str(start / name) for name in ("ppo", "dpo")} | {
         name: str(workdir / name) for name in METHODS if checkpoints.is_finished(workdir / name)
     }
+    # Derived from the methods, and quick: measured anew, never kept beside policies that have changed.
+    shutil.rmtree(workdir / "evaluate", ignore_errors=True)
     summary = evaluate.run(
         configs.from_dict(evaluate.Config, {**config["evaluate"], **shared}, "config.evaluate"),
         workdir / "evaluate",

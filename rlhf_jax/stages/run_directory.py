@@ -169,22 +169,36 @@ def load_model(path: str, run: Run) -> Model:
             f"there is no directory {directory}; give the --workdir of a finished run, or a Hugging Face directory"
         )
     if _is_run(directory):
-        handoff, location = checkpoints.load_handoff(directory)
-        tokenizer = tokenizers.load_tokenizer(location / "tokenizer")
-        if tokenizers.fingerprint(tokenizer) != handoff.tokenizer_fingerprint:
-            raise InputError(
-                f"{location}/tokenizer is not the tokenizer that {location}/handoff.json names; restore it"
-            )
-        params = checkpoints.restore_params(location, sharding)
-        config = ModelConfig.from_dict(handoff.model)
-        return Model(
-            config=config, params=params, tokenizer=tokenizer, origin=str(directory), facts=handoff.facts
-        )
+        return load_handoff_model(directory, sharding)
     config, params = huggingface.load_pretrained(directory)
     tokenizer = tokenizers.load_tokenizer(directory)
     tokenizers.check_vocabulary(tokenizer, config.vocab_size, model=str(directory))
     params = jax.device_put(params, sharding)
     return Model(config=config, params=params, tokenizer=tokenizer, origin=str(directory), facts={})
+
+
+def load_handoff_model(path: str | os.PathLike, sharding: Any = None) -> Model:
+    """The model that a finished run left, its params on ``sharding`` (None: the default device).
+
+    Raises:
+      InputError: no run, unfinished, or damaged.
+    """
+    directory = pathlib.Path(path)
+    if not _is_run(directory):
+        raise InputError(f"{directory} is not the directory of a run; give the --workdir of a finished one")
+    handoff, location = checkpoints.load_handoff(directory)
+    tokenizer = tokenizers.load_tokenizer(location / "tokenizer")
+    if tokenizers.fingerprint(tokenizer) != handoff.tokenizer_fingerprint:
+        raise InputError(
+            f"{location}/tokenizer is not the tokenizer that {location}/handoff.json names; restore it"
+        )
+    return Model(
+        config=ModelConfig.from_dict(handoff.model),
+        params=checkpoints.restore_params(location, sharding),
+        tokenizer=tokenizer,
+        origin=str(directory),
+        facts=handoff.facts,
+    )
 
 
 def _is_run(directory: pathlib.Path) -> bool:

@@ -1,0 +1,54 @@
+"""From a run to a Hugging Face directory that transformers and vLLM load, tokenizer included.
+
+    python -m experiments.export --run=runs/ppo --to=exported/ppo
+    python -m experiments.export --run=runs/reward_model --to=exported/reward_model --dtype=bfloat16
+
+A policy becomes the language model of its family; a reward model becomes ...ForSequenceClassification with one label,
+whose scores are ours but for the constant that config.json keeps as score_bias. The directory is also one that
+--init_from and --config.model.path take.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+from absl import flags
+
+from experiments import launch
+from rlhf_jax.data import tokenizer as tokenizers
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import huggingface
+from rlhf_jax.stages.run_directory import load_handoff_model
+
+RUN = flags.DEFINE_string("run", None, "Directory of a finished run.", required=True)
+TO = flags.DEFINE_string("to", None, "Directory to write; must be new or empty.", required=True)
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16", "float16"], "What parameters are rounded to."
+)
+
+
+def main(stop):
+    del stop  # nothing here is worth resuming
+    target = pathlib.Path(TO.value)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"--to={target} is there already; give a new or an empty directory")
+    model = load_handoff_model(RUN.value)
+    tokenizer = model.tokenizer
+    ids = {
+        "bos_id": tokenizer.bos_token_id,
+        "eos_id": tokenizers.eos_id(tokenizer),
+        "pad_id": tokenizers.pad_id(tokenizer),
+        "dtype": DTYPE.value,
+    }
+    if "head" in model.params:
+        offset = float(model.facts.get("reward_offset", 0.0))
+        huggingface.save_pretrained_scalar(target, model.config, model.params, offset=offset, **ids)
+    else:
+        huggingface.save_pretrained(target, model.config, model.params, **ids)
+    tokenizers.save_tokenizer(tokenizer, target)
+    print(f"wrote {target}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    launch.launch(main)
