@@ -3,10 +3,10 @@
     python -m benchmarks.speed --task=sft --size=tiny --batch=8 --seq=256 --steps=5
 
 Tasks: sft (batch rows of seq tokens), rm and dpo (batch pairs of two rows of seq tokens; for dpo the first half
-is prompt), ppo (batch prompts of seq - new tokens, new sampled tokens, 4 epochs), gen (the same prompts,
-sampling alone). Weights are random, float32, and the steps are the very ones that the stages run. tokens_per_s
-counts every token of a row, prompt included, once a step; for gen it counts sampled tokens only. Two steps of
-warm-up (compilation) come first.
+is prompt), ppo (batch prompts of seq - new tokens, new sampled tokens, 4 epochs), grpo (batch rollouts of the
+same shape, groups of 8, one update, KL in the loss), gen (the same prompts, sampling alone). Weights are random,
+float32, and the steps are the very ones that the stages run. tokens_per_s counts every token of a row, prompt
+included, once a step; for gen it counts sampled tokens only. Two steps of warm-up (compilation) come first.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model as rewards
 from rlhf_jax.sampling.generate import SamplingConfig, generate
-from rlhf_jax.stages import online, ppo, reward_model, rollouts, sft
+from rlhf_jax.stages import grpo, online, ppo, reward_model, rollouts, sft
 from rlhf_jax.stages.inputs import DataConfig
 from rlhf_jax.stages.preference_objectives import PreferenceLoss, make_pair_objective
 from rlhf_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlhf_jax.training.step import init_train_state, make_train_step
 from rlhf_jax.types import DemonstrationBatch, PreferenceBatch
 
-TASK = flags.DEFINE_enum("task", "sft", ["sft", "rm", "dpo", "ppo", "gen"], "What to measure.")
+TASK = flags.DEFINE_enum("task", "sft", ["sft", "rm", "dpo", "ppo", "grpo", "gen"], "What to measure.")
 SIZE = flags.DEFINE_enum("size", "tiny", sorted(SIZES), "The model's shape.")
 BATCH = flags.DEFINE_integer("batch", 8, "Rows, pairs or prompts a step.")
 SEQ = flags.DEFINE_integer("seq", 256, "Tokens a row, prompt and response together.")
@@ -104,30 +104,48 @@ def build(task: str, model: ModelConfig, batch: int, seq: int, new: int):
         keys = iter(jax.random.split(jax.random.key(3), 1000))
         args = prompts["tokens"], prompts["token_mask"]
         return lambda: jax.block_until_ready(sample(params, *args, next(keys))), batch * new
-    return ppo_iteration(model, params, scored, prompts, sample, batch, seq, new), batch * seq
+    iteration = grpo_iteration if task == "grpo" else ppo_iteration
+    return iteration(model, params, scored, prompts, sample, batch, seq, new), batch * seq
 
 
 def ppo_iteration(model, params, scored, prompts, sample, batch, seq, new):
     """A callable that takes one real PPO iteration: rollout, scoring by four roles, four epochs."""
-    config = ppo.Config(
-        data=DataConfig(prompt_length=seq - new, response_length=new),
-        batch_size=batch,
-        optimizer=OptimizerConfig(learning_rate=1e-5),
+    config = ppo.Config(data=DataConfig(prompt_length=seq - new, response_length=new), batch_size=batch)
+    score = jax.jit(lambda params, rollout: rewards.score(model, params, rollout))
+    return online_iteration(
+        ppo.make_method(model, model, config),
+        {"policy": params, "value": scored},
+        params,
+        prompts,
+        sample,
+        lambda rollout, index: score(scored, rollout),
+        config,
     )
-    optimizer = make_optimizer(config.optimizer, 100)
-    method = ppo.make_method(model, model, config)
-    copy = lambda tree: jax.tree.map(lambda x: x + 0, tree)  # noqa: E731
+
+
+def grpo_iteration(model, params, scored, prompts, sample, batch, seq, new):
+    """A callable that takes one real GRPO iteration with a reward computed on the host."""
+    del scored
+    config = grpo.Config(data=DataConfig(prompt_length=seq - new, response_length=new), batch_size=batch)
+    reward = lambda rollout, index: np.asarray(rollout.tokens).sum(axis=1).astype(np.float32) % 7  # noqa: E731
+    fewer = {name: x[: batch // config.group_size] for name, x in prompts.items()}
+    return online_iteration(grpo.make_method(model, config), params, params, fewer, sample, reward, config)
+
+
+def online_iteration(method, trained, reference, prompts, sample, reward, config):
+    """A callable that takes one iteration of a method and waits for it."""
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5), 100)
     state = online.OnlineState(
-        train=init_train_state({"policy": copy(params), "value": copy(scored)}, optimizer, jax.random.key(1)),
+        train=init_train_state(jax.tree.map(lambda x: x + 0, trained), optimizer, jax.random.key(1)),
         beta=jax.numpy.float32(config.beta),
         iteration=jax.numpy.zeros((), jax.numpy.int32),
     )
-    score = jax.jit(lambda params, rollout: rewards.score(model, params, rollout))
     iterate = online.make_iteration(
         method,
         collect=rollouts.make_collect(
             lambda policy, rows, key, step: sample(policy, rows["tokens"], rows["token_mask"], key),
-            lambda rollout, index: score(scored, rollout),
+            reward,
+            group_size=method.group_size,
         ),
         prepare=jax.jit(method.prepare),
         train_step=meshes.compile_step(
@@ -135,7 +153,7 @@ def ppo_iteration(model, params, scored, prompts, sample, batch, seq, new):
             meshes.data_mesh(),
             "jit",
         ),
-        reference=params,
+        reference=reference,
         num_epochs=config.num_epochs,
         num_minibatches=config.num_minibatches,
     )
