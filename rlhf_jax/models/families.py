@@ -320,7 +320,8 @@ def config_from_huggingface(fields: Mapping[str, Any], *, scalar: bool = False) 
         return _config(fields, scalar=scalar)
     except InputError:
         raise
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:  # a list where a number should be, and the like
+    # What a list where a number should be, and the like, ends in.
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(
             f"a field is of another type than it should be ({error}): give the config.json that belongs to the weights"
         ) from error
