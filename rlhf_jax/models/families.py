@@ -313,8 +313,21 @@ def config_from_huggingface(fields: Mapping[str, Any], *, scalar: bool = False) 
     """The fields of a config.json -> ModelConfig; older and newer spellings are read.
 
     Raises:
-        InputError: another architecture, a setting that this decoder does not compute, or a field missing.
+        InputError: another architecture, a setting that this decoder does not compute, or a field missing or of
+            another type than it should have.
     """
+    try:
+        return _config(fields, scalar=scalar)
+    except InputError:
+        raise
+    # What a list where a number should be, and the like, ends in.
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise InputError(
+            f"a field is of another type than it should be ({error}): give the config.json that belongs to the weights"
+        ) from error
+
+
+def _config(fields: Mapping[str, Any], *, scalar: bool) -> ModelConfig:
     name = family_of(fields, scalar=scalar)
     family = FAMILIES[name]
     if fields.get("quantization_config") is not None:

@@ -22,7 +22,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import tensor_files
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.decoder import Params, layer_axes
-from rlhf_jax.models.families import FAMILIES, Family, Stored
+from rlhf_jax.models.families import FAMILIES, Family, Stored, config_to_huggingface
 from rlhf_jax.models.huggingface import join_thirds, split_thirds
 
 Adapter = dict[str, dict[str, jax.Array]]
@@ -97,7 +97,7 @@ def adapter_axes(config: ModelConfig, lora: LoraConfig) -> dict[str, dict[str, j
 def with_adapter(params: Params, adapter: Adapter, lora: LoraConfig) -> Params:
     """Parameters of base and adapter together, for every function that takes parameters; copies nothing of the base.
 
-    A ``head`` beside the ``decoder`` stays. Adapters of their own cannot be stacked: the last would win.
+    A ``head`` beside the ``decoder`` stays. Two adapters on one base do not add up: of a shared target the later wins.
     """
     added = {}
     for name, pair in adapter.items():
@@ -132,10 +132,9 @@ def save_adapter(
     three: its rank is the sum of theirs, its numbers are the same.
 
     Raises:
-        InputError: the model's family is not known.
+        InputError: checkpoints of the model's family cannot say what the model is; the message names the field.
     """
-    if config.family not in FAMILIES:
-        raise InputError(f"model field family is {config.family!r}: give one of {', '.join(FAMILIES)}")
+    config_to_huggingface(config)
     family = FAMILIES[config.family]
     tensors, ranks = {}, {}
     for module, names in _modules(family, tuple(adapter)).items():
@@ -209,6 +208,8 @@ def load_adapter(
     modules = _modules(family, tuple(name for name in TARGETS if name in layer_axes(config)))
     found = {m: names for m, names in modules.items() if f"{_where(family, 0, m)}.lora_A.weight" in files}
     targets = tuple(name for name in TARGETS if any(name in names for names in found.values()))
+    if not targets:
+        raise InputError(f"{directory} adds to no kernel of this model: give an adapter that was made for it")
     try:
         lora = LoraConfig(rank=fields.get("r"), alpha=fields.get("lora_alpha"), targets=targets)
     except InputError as error:
@@ -236,12 +237,15 @@ def _kernel_shapes(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int
     return {name: shapes[name] for name in lora.targets}
 
 
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
 def _modules(family: Family, targets: tuple[str, ...]) -> dict[str, list[str]]:
     """Their module, without the layer -> our kernels in it."""
     modules: dict[str, list[str]] = {}
     for name in targets:
-        if name in family.layers:
-            modules.setdefault(family.layers[name].tensor.removesuffix(".weight"), []).append(name)
+        modules.setdefault(family.layers[name].tensor.removesuffix(".weight"), []).append(name)
     return modules
 
 
@@ -292,6 +296,8 @@ def _check_adapter(
     shapes = {name: shape for name, (shape, _) in layer_axes(config).items()}
     patterns = {name: fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     for name, pattern in patterns.items():
+        if not isinstance(pattern, dict) or not all(_is_size(value) for value in pattern.values()):
+            raise InputError(f"{file}: {name} is {pattern!r}: give an object of numbers above 0")
         strange = [key for key in pattern if not any(f".{module}".endswith(f".{key}") for module in found)]
         if strange:
             raise InputError(
@@ -305,8 +311,8 @@ def _check_adapter(
         )
         if abs(alpha / rank - lora.scale) > 1e-9 * lora.scale:
             raise InputError(
-                f"{file}: alpha_pattern gives {module} a scale of {alpha / rank} where others have {lora.scale}: give "
-                "an adapter with one scale"
+                f"{file}: rank_pattern and alpha_pattern give {module} a scale of {alpha / rank} where others have "
+                f"{lora.scale}: give an adapter with one scale"
             )
         inputs, outputs = shapes[names[0]]
         outputs *= 1 if family.layers[names[0]].layout in ("same", "transposed") else 3

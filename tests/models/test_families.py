@@ -193,6 +193,21 @@ def tensors_of(directory):
     }
 
 
+def test_a_repository_of_the_hub_that_was_fetched_before(torch, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    snapshot = tmp_path / "models--someone--small" / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    their_model("qwen2", torch).save_pretrained(snapshot)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(snapshot.name)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    config, params = load_pretrained("someone/small")
+    assert config == load_pretrained(snapshot)[0]
+    jax.tree.map(np.testing.assert_array_equal, params, load_pretrained(snapshot)[1])
+
+
 def test_every_family_is_compared():
     from transformers import AutoConfig
 
@@ -340,6 +355,27 @@ def test_a_config_this_decoder_does_not_compute(family, changes, words):
         config_from_huggingface(HUB[family] | changes)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("family", HUB)
+@pytest.mark.parametrize("value", [None, "x", [], {}, [1], {"a": 1}, -1, 0, 1.5, True, float("nan")])
+def test_no_value_of_a_field_gives_anything_but_a_config_or_a_sentence(family, value):
+    extra = (
+        "rope_parameters",
+        "rope_scaling",
+        "layer_types",
+        "sliding_window",
+        "sliding_window_pattern",
+        "id2label",
+    )
+    refusals = 0
+    for name in (*HUB[family], *extra):
+        try:
+            config_from_huggingface(HUB[family] | {name: value})
+        except InputError as error:
+            refusals += 1
+            assert "\n" not in str(error)
+    assert refusals > 3
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,8 @@ def saved(tmp_path):
         ({"r": None}, ("adapter_config.json", "rank", "None")),
         ({"alpha_pattern": {"q_proj": 9}}, ("alpha_pattern", "self_attn.q_proj", "3.0")),
         ({"rank_pattern": {"layers.0.q_proj": 9}}, ("rank_pattern", "layers.0.q_proj")),
+        ({"rank_pattern": [9]}, ("rank_pattern", "[9]")),
+        ({"alpha_pattern": {"q_proj": "much"}}, ("alpha_pattern", "much")),
     ],
 )
 def test_an_adapter_config_that_cannot_be_used(saved, changes, words):
@@ -263,6 +265,8 @@ def test_adapter_files_that_cannot_be_used(saved):
     refused(saved, some)
     safetensors.numpy.save_file(whole | {"base_model.model.x": np.zeros(1, np.float32)}, file)
     refused(saved, str(file), "base_model.model.x", "no place")
+    safetensors.numpy.save_file({"other": np.zeros(1, np.float32)}, file)
+    refused(saved, str(saved), "no kernel of this model")
     file.rename(saved / "adapter_model.bin")
     refused(saved, "adapter_model.bin", "pickled")
     (saved / "adapter_model.bin").unlink()
@@ -285,6 +289,13 @@ def test_adapter_files_that_cannot_be_used(saved):
 def test_settings_out_of_range_are_named(changes, word):
     with pytest.raises(InputError, match=word):
         dataclasses.replace(LORA, **changes)
+
+
+def test_a_model_that_its_family_cannot_say_gets_no_files(tmp_path):
+    strange = dataclasses.replace(CONFIG, family="gpt2")
+    with pytest.raises(InputError, match="family gpt2"):
+        save_adapter(tmp_path / "x", strange, trained(), LORA, base_model="base")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_target_that_the_model_does_not_have():
