@@ -13,10 +13,13 @@ from rlhf_jax.data.readers import (
     longer_wins,
     read_demonstrations,
     read_preferences,
+    read_process_steps,
     read_prompts,
+    read_rankings,
+    read_unpaired,
     split_by_group,
 )
-from rlhf_jax.data.rows import Demonstration, Preference, Prompt
+from rlhf_jax.data.rows import Demonstration, Preference, Prompt, Unpaired
 from rlhf_jax.errors import InputError
 
 GOOD = {"prompt": "Say hi.", "chosen": "Hi!", "rejected": "No."}
@@ -44,7 +47,7 @@ def test_prompt_chosen_rejected(tmp_path, name):
         # The blank line counts as a line; responses lose the blanks around them, prompts do not.
         Preference(prompt=" Ünïcode 猫 ", chosen="a", rejected="No.", source=f"{name}:3"),
     ]
-    assert report == ReadReport(kept=2, skipped=())
+    assert report == ReadReport(kept=2, records=2)
 
 
 def test_transcripts_split_at_the_last_shared_assistant_turn(tmp_path):
@@ -64,7 +67,8 @@ def test_transcripts_split_at_the_last_shared_assistant_turn(tmp_path):
 
 def test_argument_pairs_take_their_prompt_from_topic_and_stance(tmp_path):
     record = {"topic": "Cats", "stance": "for", "chosen": "They purr.", "rejected": "Eh.", "id": "7"}
-    rows, _ = read_preferences(_jsonl(tmp_path / "a.jsonl", record, {**record, "prompt": "Own prompt"}))
+    other = {**record, "prompt": "Own prompt", "id": "8"}
+    rows, _ = read_preferences(_jsonl(tmp_path / "a.jsonl", record, other))
     assert rows[0].prompt == "Topic: Cats\nStance: for\nArgument:"
     assert rows[0].group == "Cats"
     assert (rows[1].prompt, rows[1].group) == ("Own prompt", "")
@@ -83,7 +87,7 @@ BAD_ROWS = [
     ({}, "has no field 'chosen' \\(its fields: none\\)"),
     ({**GOOD, "chosen": 3}, "has a number in 'chosen' where a string"),
     ({**GOOD, "rejected": None}, "has null in 'rejected' where a string"),
-    ({**GOOD, "prompt": ["x"]}, "has a list in 'prompt' where a string"),
+    ({**GOOD, "prompt": ["x"]}, "has a string in 'prompt\\[1\\]' where a message with role"),
     ({**GOOD, "chosen": True}, "has a truth value in 'chosen'"),
     ({**GOOD, "chosen": ""}, "has an empty 'chosen'"),
     ({**GOOD, "rejected": " \n\t"}, "has an empty 'rejected'"),
@@ -99,6 +103,20 @@ BAD_ROWS = [
         "has nothing after the shared '.*' in 'chosen'",
     ),
     (b'{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}', "half of a surrogate pair in 'prompt'"),
+    (
+        b'{"prompt": "a\\u0000b", "chosen": "c", "rejected": "d"}',
+        "has a NUL character in 'prompt' \\(character 2\\)",
+    ),
+    (b'{"prompt": "a\0b"}', "is not JSON \\(a NUL byte at column 14\\)"),
+    (b'{"prompt": "a"}\r{"prompt": "b"}', "holds several rows that end in .r alone"),
+    (b'"' + b"x" * 10_000_000 + b'"', "has 10,000,003 bytes, more than the 4,194,304 that a row may have"),
+    ({**GOOD, "votes_chosen": -1, "votes_rejected": 1}, "has -1 in 'votes_chosen' where a count"),
+    ({**GOOD, "votes_chosen": "5", "votes_rejected": 1}, "has a string in 'votes_chosen' where a count"),
+    (
+        {**GOOD, "votes_chosen": 0, "votes_rejected": 0, "votes_equal": 3},
+        "has no vote for either side \\(3 for neither",
+    ),
+    ({**GOOD, "votes_chosen": 3}, "has no field 'votes_rejected'"),
     (b"[" * 100_000, "is not JSON that can be read"),
     (b"1" * 5000, "is not JSON that can be read"),
 ]
@@ -121,6 +139,81 @@ def test_a_bad_row_is_one_sentence_or_is_skipped_and_listed(tmp_path, bad, messa
     assert reason in text
 
 
+def test_an_id_that_comes_twice_names_both_rows(tmp_path):
+    path = _jsonl(tmp_path / "a.jsonl", {**GOOD, "id": 7}, {**GOOD, "id": "7"}, {**GOOD, "id": 7})
+    with pytest.raises(
+        InputError, match="line 3 of .* has the id '7' that a.jsonl:1 has already: mend it or pass"
+    ):
+        read_preferences(path)
+    _, report = read_preferences(path, on_bad_row="skip")
+    assert (report.kept, report.records, [source for source, _ in report.skipped]) == (2, 3, ["a.jsonl:3"])
+
+
+def test_votes_that_are_tied_everywhere_prefer_nothing(tmp_path):
+    tied = {**GOOD, "votes_chosen": 2, "votes_rejected": 2}
+    with pytest.raises(
+        InputError, match="all votes tied in every one of its 2 rows.*: give rows with a majority"
+    ):
+        read_preferences(_jsonl(tmp_path / "a.jsonl", tied, tied))
+    rows, _ = read_preferences(_jsonl(tmp_path / "b.jsonl", tied, {**tied, "votes_chosen": 3}))
+    assert [row.votes for row in rows] == [(2, 2, 0), (3, 2, 0)]
+
+
+def test_line_ends_may_be_mixed(tmp_path):
+    line = json.dumps(GOOD).encode()
+    rows, _ = read_preferences(_write(tmp_path / "a.jsonl", line + b"\r\n" + line + b"\n\r\n" + line))
+    assert [row.source for row in rows] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:4"]
+
+
+def test_a_long_line_does_not_hide_the_next(tmp_path):
+    lines = [b'"' + b"x" * 5_000_000 + b'"', json.dumps(GOOD).encode(), b"y" * 4_194_305]
+    rows, report = read_preferences(_write(tmp_path / "a.jsonl", b"\n".join(lines)), on_bad_row="skip")
+    assert [row.source for row in rows] == ["a.jsonl:2"]
+    assert [source for source, _ in report.skipped] == ["a.jsonl:1", "a.jsonl:3"]
+
+
+def test_a_directory_of_shards_is_read_in_the_order_of_names(tmp_path):
+    (tmp_path / "in").mkdir()
+    _jsonl(tmp_path / "in" / "b.jsonl.gz", {**GOOD, "prompt": "3"})
+    _jsonl(tmp_path / "a.jsonl", {**GOOD, "prompt": "1"}, {**GOOD, "prompt": "2"})
+    _write(tmp_path / "notes.md", b"not data")
+    rows, _ = read_preferences(tmp_path)
+    assert [(row.prompt, row.source) for row in rows] == [
+        ("1", "a.jsonl:1"),
+        ("2", "a.jsonl:2"),
+        ("3", "in/b.jsonl.gz:1"),
+    ]
+
+
+def test_parquet_is_read_as_json_lines_are(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    turns = [{"role": "user", "content": "Say hi."}]
+    records = [
+        {
+            "prompt": turns,
+            "chosen": [{"role": "assistant", "content": f"Hi {i}!"}],
+            "rejected": turns_of("No."),
+        }
+        for i in range(600)
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    rows, report = read_preferences(tmp_path / "a.parquet")
+    assert report == ReadReport(kept=600, records=600)
+    assert rows[599] == Preference(
+        prompt="\n\nuser: Say hi.\n\nassistant:",
+        chosen="Hi 599!",
+        rejected="No.",
+        source="a.parquet:600",
+        messages=(("user", "Say hi."),),
+    )
+
+
+def turns_of(text):
+    return [{"role": "assistant", "content": text}]
+
+
 def _write(path, data):
     path.write_bytes(data)
     return path
@@ -131,7 +224,7 @@ def test_a_bad_file_is_one_sentence_even_when_rows_may_be_skipped(tmp_path, on_b
     whole = gzip.compress("".join(json.dumps({**GOOD, "prompt": str(i)}) for i in range(500)).encode())
     cases = [
         (tmp_path / "absent.jsonl", "absent.jsonl does not exist: check the path"),
-        (tmp_path, "is not of a kind that is read here: give a file ending in .jsonl"),
+        (_write(tmp_path / "torn.parquet", b"PAR1 torn"), "torn.parquet is not a whole Parquet file"),
         (_write(tmp_path / "a.csv", b"x"), "a.csv is not of a kind"),
         (_write(tmp_path / "empty.jsonl", b""), "empty.jsonl has no rows: give a file with at least one"),
         (_write(tmp_path / "blank.jsonl", b"\n \n"), "blank.jsonl has no rows"),
@@ -217,11 +310,52 @@ _json_values = st.recursive(
     max_leaves=6,
 )
 _texts = st.text(max_size=12) | st.sampled_from(["\n\nHuman: q\n\nAssistant:", "\n\nAssistant: a", "\ud800"])
+_turns = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": _texts}), max_size=3
+)
+_trees = st.recursive(
+    st.fixed_dictionaries({"text": _texts, "mc_value": st.floats(-0.5, 1.5)}),
+    lambda inner: st.fixed_dictionaries(
+        {"text": _texts, "mc_value": st.floats(0, 1), "children": st.lists(inner)}
+    ),
+    max_leaves=4,
+)
 _records = st.dictionaries(
-    st.sampled_from(["prompt", "chosen", "rejected", "topic", "stance", "instruction", "response", "input"]),
-    _texts | _json_values,
+    st.sampled_from(
+        [
+            "prompt",
+            "chosen",
+            "rejected",
+            "topic",
+            "stance",
+            "instruction",
+            "response",
+            "input",
+            "id",
+            "messages",
+        ]
+        + ["completion", "completions", "label", "labels", "ranks", "question", "answer", "votes_chosen"]
+        + [
+            "votes_rejected",
+            "prediction 1",
+            "prediction 2",
+            "preference",
+            "reasoning_steps",
+            "feedback",
+            "text",
+        ]
+    ),
+    _texts | _json_values | _turns | _trees,
     max_size=8,
 ).map(lambda record: json.dumps(record).encode())
+READERS = (
+    read_preferences,
+    read_demonstrations,
+    read_prompts,
+    read_rankings,
+    read_process_steps,
+    read_unpaired,
+)
 _lines = st.binary(max_size=40) | _records | _json_values.map(lambda value: json.dumps(value).encode())
 
 
@@ -236,18 +370,19 @@ def test_whatever_the_bytes_only_rows_or_an_input_error(tmp_path, lines, name, c
     data = b"\n".join(lines)
     data = gzip.compress(data) if name.endswith(".gz") else data
     path = _write(tmp_path / name, data[:cut])
-    for read in (read_preferences, read_demonstrations, read_prompts):
+    for read in READERS:
         try:
             rows, report = read(path, on_bad_row=on_bad_row)
         except InputError as error:
             assert str(path) in str(error)
             continue
         assert report.kept == len(rows) > 0
+        assert report.records == len({row.source.split("/")[0] for row in rows}) + len(report.skipped)
         assert on_bad_row == "skip" or not report.skipped
         sources = [row.source for row in rows] + [source for source, _ in report.skipped]
         assert len(set(sources)) == len(sources)
         for row in rows:
-            assert row.prompt.strip()
+            assert row.prompt.strip() or isinstance(row, Unpaired)
             if isinstance(row, Preference):
                 assert row.chosen.strip() and row.rejected.strip() and row.chosen != row.rejected
 
@@ -311,6 +446,37 @@ def test_longer_wins_by_hand():
     assert longer_wins(rows) == (1 + 0.5 + 0 + 1) / 4
     with pytest.raises(InputError, match="no rows"):
         longer_wins([])
+
+
+# What the folder's README says of each file: kind, records, and records that are refused.
+REAL = [
+    ("preferences/hh_harmless_base_test.jsonl.gz", read_preferences, 2312, 4),
+    ("preferences/ukp_convarg1_strict_pairs.jsonl.gz", read_preferences, 11_642, 0),
+    ("preferences/fgrlhf_qa_dev_feedback.json.gz", read_rankings, 500, 12),
+    ("preferences/fgrlhf_qa_dev_feedback.json.gz", read_process_steps, 500, 0),
+    ("demonstrations/dolly_3k.json", read_demonstrations, 2996, 0),
+    ("demonstrations/self_instruct_seed_tasks.jsonl", read_demonstrations, 175, 0),
+    ("math/gsm8k_train.jsonl.gz", read_demonstrations, 7473, 0),
+    ("math/gsm8k_test.jsonl.gz", read_prompts, 1319, 0),
+    ("math/openr_game24_train_dedup.jsonl.gz", read_prompts, 1000, 0),
+    ("math/openr_game24_train_dedup.jsonl.gz", read_unpaired, 1000, 0),
+    ("math/openr_samples_prm800k.jsonl", read_process_steps, 6, 0),
+    ("math/openr_samples_math-shepherd.jsonl", read_process_steps, 7, 0),
+    ("math/openr_samples_math-aps.jsonl", read_process_steps, 3, 0),
+    ("math/openr_samples_math-aps-tree.jsonl", read_process_steps, 3, 0),
+    ("sentiment/rt-polarity.pos", read_unpaired, 5331, 0),
+    ("sentiment/rt-polarity.neg", read_unpaired, 5331, 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "records", "refused"), REAL, ids=[f"{r[0]}-{r[1].__name__}" for r in REAL]
+)
+def test_real_files_have_the_rows_that_their_readme_says(shared_data, name, read, records, refused):
+    rows, report = read(_real(shared_data, name), on_bad_row="skip")
+    assert (report.records, len(report.skipped)) == (records, refused)
+    assert len(rows) == report.kept >= records - refused
+    assert len({row.source for row in rows}) == len(rows)
 
 
 def test_real_transcripts(shared_data):

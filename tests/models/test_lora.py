@@ -133,12 +133,14 @@ def test_one_base_serves_four_roles(base):
 
 def test_decoding_reads_adapters_too(base):
     view = with_adapter(base, trained(), LORA)
-    expected = np.asarray(decoder.hidden_states(CONFIG, view, TOKENS, REAL))
+    expected = np.asarray(jax.jit(decoder.hidden_states, static_argnums=0)(CONFIG, view, TOKENS, REAL))
     weights = cache.decoding_weights(CONFIG, view)
-    hidden, kept = cache.prefill(CONFIG, weights, TOKENS[:, :8], REAL[:, :8], 9)
+    prefill = jax.jit(cache.prefill, static_argnums=(0, 4))
+    hidden, kept = prefill(CONFIG, weights, TOKENS[:, :8], REAL[:, :8], 9)
     np.testing.assert_allclose(hidden, expected[:, 7], atol=1e-5)
     eight = np.full(2, 8, np.int32)
-    hidden, _ = cache.decode_step(CONFIG, weights, kept, TOKENS[:, 8], eight, jnp.int32(8), REAL)
+    step = jax.jit(cache.decode_step, static_argnums=0)
+    hidden, _ = step(CONFIG, weights, kept, TOKENS[:, 8], eight, jnp.int32(8), REAL)
     np.testing.assert_allclose(hidden, expected[:, 8], atol=1e-5)
 
 
