@@ -182,6 +182,25 @@ def test_every_parameter_has_a_name_for_every_axis(config, count):
             assert size in sizes[name]
 
 
+def test_a_key_goes_on_giving_the_weights_it_gave():
+    """Recorded before there were other families: runs that are started again must not begin elsewhere."""
+    fresh = decoder.init_params(CONFIG, jax.random.key(5))["decoder"]
+    recorded = {
+        "query": -0.4635592,
+        "key": 0.2598209,
+        "value": 0.148609,
+        "output": -0.0835302,
+        "gate": -0.0683592,
+        "up": 0.1746594,
+        "down": 0.0516366,
+        "embedding": 0.00822181,
+        "unembedding": 0.00934652,
+    }
+    found = {name: float(fresh["layers"][name][1, 2, 3]) for name in recorded if name in fresh["layers"]}
+    found |= {name: float(fresh[name][2, 3]) for name in ("embedding", "unembedding")}
+    assert found == pytest.approx(recorded, rel=1e-5)
+
+
 def test_fresh_norms_are_the_identity_however_they_are_kept():
     plain, centred = (
         decoder.init_params(dataclasses.replace(CONFIG, zero_centred_norms=centred), jax.random.key(3))[
