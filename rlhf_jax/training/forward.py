@@ -24,7 +24,8 @@ CHUNK_SIZE = 256
 
 def response_hidden_states(config: ModelConfig, params: Any, batch: Sequences) -> jax.Array:
     """Hidden states [B, R, D] that predict the response tokens."""
-    hidden = decoder.hidden_states(config, params, batch.tokens, batch.token_mask)
+    segment_ids = batch.segment_ids if isinstance(batch, DemonstrationBatch) else None
+    hidden = decoder.hidden_states(config, params, batch.tokens, batch.token_mask, segment_ids=segment_ids)
     width, response = batch.tokens.shape[1], batch.response_mask.shape[1]
     return hidden[:, width - response - 1 : width - 1]
 
