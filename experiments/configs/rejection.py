@@ -1,4 +1,4 @@
-"""Rejection-sampling fine-tuning on the embedded world's film reviews, as in methods.py, whose docstring says what to expect.
+"""Rejection-sampling fine-tuning on the embedded film reviews, as in methods.py, which says what to expect.
 
 Command: python -m experiments.rejection --workdir=runs/rejection --init_from=runs/sft --reward_from=runs/reward_model
 """
