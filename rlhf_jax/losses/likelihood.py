@@ -108,7 +108,7 @@ def sequence_log_probs(log_probs: jax.typing.ArrayLike, mask: jax.typing.ArrayLi
 def sequence_mean_log_probs(log_probs: jax.typing.ArrayLike, mask: jax.typing.ArrayLike) -> jax.Array:
     """Log-probability of each response per token: what SimPO, ORPO and TRL's IPO compare.
 
-    (1 / |y|) log pi(y | x), Meng et al. (2024), eq. 4.
+    (1 / |y|) log pi(y | x), Meng et al. (2024), eq. 3.
 
     Args:
       log_probs: [B, T] float, nats.
