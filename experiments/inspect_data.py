@@ -5,7 +5,7 @@
 
 Lengths and length bias; pairs labelled both ways, and cycles, which no scalar reward can fit; how far annotators agree,
 and so what accuracy a reward model can reach; prompts and responses that splits share. --data takes files, directories
-of shards and rankings; with names before "=", the first is what is trained on.
+of shards and prepared sets, of preferences or of rankings; with names before "=", the first is what is trained on.
 """
 
 import pathlib
@@ -13,7 +13,8 @@ import pathlib
 from absl import flags
 
 from experiments import launch
-from rlhf_jax.data import readers
+from rlhf_jax.data import prepared, readers
+from rlhf_jax.data.rows import pairs
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluation import report_data
 
@@ -37,16 +38,29 @@ def main(stop):
         name = name if equals else "all"
         if name in splits:
             raise InputError(f"--data names {name!r} twice: write name=path, each name once.")
-        splits[name], report = readers.read_preferences(
-            path, on_bad_row=ON_BAD_ROW.value, flag="--on_bad_row"
-        )
-        left_out += report.skipped
+        splits[name], skipped = read(path)
+        left_out += skipped
     found = report_data.examine(
         splits, left_out=left_out, held_out_fraction=HELD_OUT_FRACTION.value, seed=SPLIT_SEED.value
     )
     print("\n".join(report_data.summary(found)))
     title = ", ".join(pathlib.Path(item.partition("=")[2] or item).name for item in DATA.value)
     print(report_data.write_data_report(WORKDIR.value, title, found))
+
+
+def read(path):
+    """(preferences, what was left out of them) of a file, a directory of shards or a prepared set."""
+    if not prepared.is_prepared(path):
+        rows, report = readers.read_preferences(path, on_bad_row=ON_BAD_ROW.value, flag="--on_bad_row")
+        return rows, report.skipped
+    opened = prepared.open_prepared(path)
+    kind = opened.manifest.kind
+    if kind not in ("preferences", "rankings"):
+        raise InputError(f"{path} was prepared as {kind}: give a set of preferences or of rankings.")
+    rows = list(opened.rows)
+    if kind == "rankings":
+        rows = [pair for row in rows for pair in pairs(row)]
+    return rows, opened.manifest.skipped
 
 
 if __name__ == "__main__":

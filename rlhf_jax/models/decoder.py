@@ -276,20 +276,10 @@ def hidden_states(
 
 
 def unembedding(config: ModelConfig, params: Params) -> jax.Array:
-    """The vocabulary head [V, D] float32, the embedding itself when tied, where logits are products with it.
+    """The vocabulary head [V, D] float32, the embedding itself when tied.
 
-    Raises:
-        InputError: the model caps its logits, which no matrix does; ``logits`` gives them.
+    Logits are products with it, capped where the config has a ``logit_softcap``: see ``vocabulary_logits``.
     """
-    if config.logit_softcap is not None:
-        raise InputError(
-            f"model field logit_softcap is {config.logit_softcap}: training and sampling do not cap logits yet; "
-            "give a model without it, or use decoder.logits"
-        )
-    return _head(config, params)
-
-
-def _head(config: ModelConfig, params: Params) -> jax.Array:
     return params["decoder"]["embedding" if config.tied_embeddings else "unembedding"]
 
 
@@ -303,7 +293,7 @@ def logits(
 ) -> jax.Array:
     """Next-token logits [B, S, V] float32 for tokens, token_mask [B, S]; see ``hidden_states``."""
     hidden = hidden_states(config, params, tokens, token_mask, segment_ids=segment_ids)
-    return vocabulary_logits(hidden, _head(config, params), softcap=config.logit_softcap)
+    return vocabulary_logits(hidden, unembedding(config, params), softcap=config.logit_softcap)
 
 
 def vocabulary_logits(hidden: jax.Array, head: jax.Array, *, softcap: float | None = None) -> jax.Array:

@@ -42,7 +42,12 @@ def response_log_probs(
     # A chunk larger than the batch would only compute padding.
     chunk_size = min(CHUNK_SIZE, targets.size)
     log_probs, entropy = chunked_token_log_probs(
-        hidden, decoder.unembedding(config, params), targets, chunk_size=chunk_size, temperature=temperature
+        hidden,
+        decoder.unembedding(config, params),
+        targets,
+        chunk_size=chunk_size,
+        temperature=temperature,
+        softcap=config.logit_softcap,
     )
     return jnp.where(batch.response_mask, log_probs, 0.0), jnp.where(batch.response_mask, entropy, 0.0)
 
