@@ -91,7 +91,7 @@ def _lay_out_row(encoded: Encoded, index: int, row: Any) -> Any:
         return PreferenceBatch(
             chosen=_lay_out(encoded, row.chosen_prompt_ids, row.chosen_ids),
             rejected=_lay_out(encoded, row.rejected_prompt_ids, row.rejected_ids),
-            probability=None if row.probability is None else np.float32(row.probability),
+            probability=None if row.row.target is None else np.float32(row.row.target),
         )
     tokens, mask = pad_left(row.prompt_ids, encoded.prompt_length, encoded.pad_id)
     return {"tokens": tokens, "token_mask": mask, "index": np.int32(index)}

@@ -20,7 +20,7 @@ from rlhf_jax.data import conversations, pipeline, scans
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.data.mixtures import Mixture
 from rlhf_jax.data.prepared import PreparedRows
-from rlhf_jax.data.rows import Demonstration, Preference, Prompt, soft_label
+from rlhf_jax.data.rows import Demonstration, Preference, Prompt
 from rlhf_jax.errors import InputError
 
 TRUNCATIONS = ("error", "drop", "keep_start", "keep_end")
@@ -37,17 +37,13 @@ class EncodedDemonstration:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodedPreference:
-    """Ids of a pair; the prompt's ids may differ by the tokens at the boundary.
-
-    probability: of the label, where labels are soft.
-    """
+    """Ids of a pair; the prompt's ids may differ by the tokens at the boundary."""
 
     chosen_prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]
     rejected_prompt_ids: tuple[int, ...]
     rejected_ids: tuple[int, ...]
     row: Preference
-    probability: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,19 +137,16 @@ def encode_preferences(
     prompt_length: int,
     response_length: int,
     truncation: str = "error",
-    soft_labels: bool = False,
-    vote_prior: float = 0.0,
 ) -> tuple[Encoded[EncodedPreference], EncodeReport]:
     """Ids of each pair that fits; see `encode_demonstrations` for ``rows`` and ``truncation``.
 
     A pair whose two sides are the same ids, as a tokenizer that knows few words or a cut can make them, says
     nothing: it is an `InputError` under "error", and dropped otherwise.
 
-    soft_labels: whether batches say how likely each label is; ``vote_prior``: see `rows.soft_label`.
+    Batches say how likely a label is where rows have a ``target``, which all have or none.
     """
     limits = _Limits.of(tokenizer, prompt_length, response_length, truncation)
-    prior = vote_prior if soft_labels else None
-    return _encode(rows, functools.partial(_preferences_of, tokenizer, limits, prior), tokenizer, limits)
+    return _encode(rows, functools.partial(_preferences_of, tokenizer, limits), tokenizer, limits)
 
 
 def encode_prompts(
@@ -256,9 +249,8 @@ def _demonstrations_of(
 
 
 def _preferences_of(
-    tokenizer: Any, limits: _Limits, prior: float | None, rows: Sequence[Preference]
+    tokenizer: Any, limits: _Limits, rows: Sequence[Preference]
 ) -> tuple[list[tuple[int, EncodedPreference]], EncodeReport]:
-    """prior: of `rows.soft_label`; None where labels are hard."""
     chosen = _pairs_of_ids(tokenizer, rows, [row.chosen for row in rows])
     rejected = _pairs_of_ids(tokenizer, rows, [row.rejected for row in rows])
     fitted, report = _fit_all(
@@ -273,7 +265,6 @@ def _preferences_of(
                 rejected_prompt_ids=rejected_prompt_ids,
                 rejected_ids=rejected_ids,
                 row=rows[place],
-                probability=None if prior is None else soft_label(rows[place], prior=prior),
             ),
         )
         for place, ((chosen_prompt_ids, chosen_ids), (rejected_prompt_ids, rejected_ids)) in fitted
