@@ -18,11 +18,13 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_jax.data.rows import Demonstration, Prompt
+from rlhf_jax.data.rows import Demonstration, ProcessSteps, Prompt
 from rlhf_jax.errors import check_range
 
 # Independent streams of randomness; a number here must never change its meaning.
-_STREAMS = {"demonstrations/train": 0, "prompts/train": 1, "prompts/eval": 2}
+_STREAMS = {"demonstrations/train": 0, "prompts/train": 1, "prompts/eval": 2, "demonstrations/eval": 3}
+# What stands between the steps of a worked answer.
+STEP_MARK = ";"
 _SUM = re.compile(r"(\d+)\+(\d+)=")
 _STEP = re.compile(r"(\d)\+(\d)\+(\d)=(\d{1,2})")
 _CHARACTERS = "0123456789+=;# "
@@ -62,7 +64,7 @@ def work_out(first: int, second: int, slips: Sequence[int] = ()) -> str:
         written.append(f"{a}+{b}+{carry}={total}")
         carry, digits = total // 10, f"{total % 10}{digits}"
     answer = (str(carry) if carry else "") + digits
-    return ";".join([*written, f"#### {answer.lstrip('0') or '0'}"])
+    return STEP_MARK.join([*written, f"#### {answer.lstrip('0') or '0'}"])
 
 
 def step_labels(prompt: str, response: str) -> list[bool]:
@@ -73,7 +75,7 @@ def step_labels(prompt: str, response: str) -> list[bool]:
     step at all, or one too many, is wrong.
     """
     asked = _SUM.fullmatch(prompt.strip())
-    steps = response.strip().split(";")
+    steps = response.strip().split(STEP_MARK)
     if asked is None:
         return [False] * len(steps)
     width = max(map(len, asked.groups()))
@@ -98,20 +100,39 @@ def step_labels(prompt: str, response: str) -> list[bool]:
 
 def demonstrations(config: ArithmeticConfig) -> list[Demonstration]:
     """``num_demonstrations`` worked answers, with the demonstrator's slips."""
+    return [_demonstration(config, "train", index) for index in range(config.num_demonstrations)]
+
+
+def process_steps(config: ArithmeticConfig, split: str) -> list[ProcessSteps]:
+    """Worked answers with the label of every step (`step_labels`).
+
+    ``split`` "train" has those of `demonstrations`; "eval" has ``num_eval_prompts`` answers to sums that are held out.
+    """
     rows = []
-    for index in range(config.num_demonstrations):
-        rng = _rng(config, "demonstrations/train", index)
-        first, second = _operands(rng, config.num_digits, held_out=False)
-        slipped = rng.random(config.num_digits) < config.slip_rate
-        slips = np.where(slipped, rng.choice([-1, 1], config.num_digits), 0)
+    for index in range(config.num_demonstrations if split == "train" else config.num_eval_prompts):
+        row = _demonstration(config, split, index)
+        labels = step_labels(row.prompt, row.response)
         rows.append(
-            Demonstration(
-                prompt=f"{first}+{second}=",
-                response=work_out(first, second, slips.tolist()),
-                source=f"arithmetic:demonstrations/{index}",
+            ProcessSteps(
+                prompt=row.prompt,
+                steps=tuple(row.response.split(STEP_MARK)),
+                labels=tuple(map(float, labels)),
+                source=row.source,
             )
         )
     return rows
+
+
+def _demonstration(config: ArithmeticConfig, split: str, index: int) -> Demonstration:
+    rng = _rng(config, f"demonstrations/{split}", index)
+    first, second = _operands(rng, config.num_digits, held_out=split == "eval")
+    slipped = rng.random(config.num_digits) < config.slip_rate
+    slips = np.where(slipped, rng.choice([-1, 1], config.num_digits), 0)
+    return Demonstration(
+        prompt=f"{first}+{second}=",
+        response=work_out(first, second, slips.tolist()),
+        source=f"arithmetic:demonstrations/{index}" + ("/eval" if split == "eval" else ""),
+    )
 
 
 def prompts(config: ArithmeticConfig, split: str) -> list[Prompt]:

@@ -18,9 +18,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data import tokenizer as tokenizers
-from rlhf_jax.data.rows import Demonstration, Preference, Prompt
+from rlhf_jax.data.rows import Demonstration, Preference, ProcessSteps, Prompt
 from rlhf_jax.errors import InputError
-from rlhf_jax.types import DemonstrationBatch, PreferenceBatch
+from rlhf_jax.types import DemonstrationBatch, PreferenceBatch, StepsBatch
 
 TRUNCATIONS = ("error", "drop", "keep_start", "keep_end")
 # Endless for every purpose; Grain's own "endless" overflows an index when batches hold one row.
@@ -55,7 +55,17 @@ class EncodedPrompt:
     row: Prompt
 
 
-EncodedRow = TypeVar("EncodedRow", EncodedDemonstration, EncodedPreference, EncodedPrompt)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodedSteps:
+    """Ids of a solution, and (response column of the token that ends it, label) of each step that was judged."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    judged: tuple[tuple[int, float], ...]
+    row: ProcessSteps
+
+
+EncodedRow = TypeVar("EncodedRow", EncodedDemonstration, EncodedPreference, EncodedPrompt, EncodedSteps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +147,58 @@ def encode_preferences(
         for index, ((chosen_prompt_ids, chosen_ids), (rejected_prompt_ids, rejected_ids)) in fitted
     )
     return _encoded(encoded, tokenizer, prompt_length, response_length), report
+
+
+def encode_process_steps(
+    rows: Sequence[ProcessSteps],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    step_mark: str,
+    prompt_length: int,
+    response_length: int,
+    truncation: str = "error",
+) -> tuple[Encoded[EncodedSteps], EncodeReport]:
+    """Ids of each solution that fits, steps joined by ``step_mark``; see `encode_demonstrations` for ``truncation``.
+
+    A step ends at the next token that has the mark in it, and the last one at EOS: what `step_ends` finds in a policy's
+    own text. A row where that gives another number of steps, as one with the mark inside of a step, is an `InputError`
+    under "error", and dropped otherwise. A step that a cut goes through loses its label.
+    """
+    marks = tokenizers.tokens_with(tokenizer, step_mark)
+    pairs = tokenizers.encode_many(tokenizer, [(row.prompt, step_mark.join(row.steps)) for row in rows])
+    ends = [step_ends(response_ids, marks) for _, response_ids in pairs]
+    whole = [index for index, row in enumerate(rows) if len(ends[index]) == len(row.steps)]
+    uneven = [
+        (row.source, f"has {len(row.steps)} steps, and {len(found)} when divided at {step_mark!r}")
+        for row, found in zip(rows, ends, strict=True)
+        if len(found) != len(row.steps)
+    ]
+    if uneven and (truncation == "error" or not whole):
+        raise InputError(
+            f"{uneven[0][0]} {uneven[0][1]}: give a --config.step_mark that no step has in it, or pass "
+            "--config.data.truncation=drop."
+        )
+    fitted, report = _fit_all(
+        [(rows[index].source, (pairs[index],)) for index in whole],
+        _Limits.of(tokenizer, prompt_length, response_length, truncation),
+    )
+    encoded = []
+    for number, ((prompt_ids, response_ids),) in fitted:
+        row, columns = rows[whole[number]], ends[whole[number]]
+        judged = tuple(
+            (column, label)
+            for column, label in zip(columns, row.labels, strict=True)
+            if label is not None and column < len(response_ids)
+        )
+        encoded.append(EncodedSteps(prompt_ids=prompt_ids, response_ids=response_ids, judged=judged, row=row))
+    report = dataclasses.replace(report, dropped=(*uneven, *report.dropped))
+    return _encoded(tuple(encoded), tokenizer, prompt_length, response_length), report
+
+
+def step_ends(response_ids: Sequence[int], marks: np.ndarray) -> list[int]:
+    """The columns where steps end: tokens that ``marks`` [V] bool has, and the last token."""
+    last = len(response_ids) - 1
+    return [column for column, token in enumerate(response_ids) if marks[token] or column == last]
 
 
 def encode_prompts(
@@ -295,6 +357,12 @@ def _row(encoded: Encoded, index: int) -> Any:
             chosen=_lay_out(encoded, row.chosen_prompt_ids, row.chosen_ids),
             rejected=_lay_out(encoded, row.rejected_prompt_ids, row.rejected_ids),
         )
+    if isinstance(row, EncodedSteps):
+        labels, judged = (np.zeros(encoded.response_length, kind) for kind in (np.float32, bool))
+        for column, label in row.judged:
+            labels[column], judged[column] = label, True
+        responses = _lay_out(encoded, row.prompt_ids, row.response_ids)
+        return StepsBatch(responses=responses, step_labels=labels, step_mask=judged)
     tokens, mask = pad_left(row.prompt_ids, encoded.prompt_length, encoded.pad_id)
     return {"tokens": tokens, "token_mask": mask, "index": np.int32(index)}
 
@@ -315,6 +383,13 @@ def preference_batches(
     encoded: Encoded[EncodedPreference], *, batch_size: int, seed: int
 ) -> grain.DatasetIterator[PreferenceBatch]:
     """Endless batches of pairs; see `demonstration_batches`."""
+    return _batches(encoded, batch_size=batch_size, seed=seed)
+
+
+def steps_batches(
+    encoded: Encoded[EncodedSteps], *, batch_size: int, seed: int
+) -> grain.DatasetIterator[StepsBatch]:
+    """Endless batches of solutions with judged steps; see `demonstration_batches`."""
     return _batches(encoded, batch_size=batch_size, seed=seed)
 
 

@@ -104,6 +104,24 @@ def load_preferences(config: DataConfig) -> Split:
     return Split(train=train, held_out=held_out, left_out=report.skipped)
 
 
+def load_process_steps(config: DataConfig) -> Split:
+    """Rows of ``ProcessSteps``; ``config.format`` is not read.
+
+    Raises:
+      InputError: the embedded reviews were asked for, which have no steps.
+    """
+    if config.path:
+        rows, report = readers.read_process_steps(pathlib.Path(config.path), on_bad_row=config.on_bad_row)
+        train, held_out = _split(rows, config)
+        return Split(train=train, held_out=held_out, left_out=report.skipped)
+    if config.embedded == "reviews":
+        raise InputError(
+            "--config.data.embedded=reviews has no steps to judge; give --config.data.path=<file>, or 'arithmetic'"
+        )
+    train, held_out = (arithmetic.process_steps(config.arithmetic, split) for split in ("train", "eval"))
+    return Split(train=train, held_out=held_out)
+
+
 def load_prompts(config: DataConfig) -> Split:
     """Rows of ``Prompt``, each prompt once; those of a preference file are split as its pairs are."""
     if not config.path and config.embedded == "arithmetic":
