@@ -15,6 +15,7 @@ setup(
         "orbax-checkpoint",
         "chex",
         "transformers>=5",
+        "huggingface_hub",
         "tensorflow-datasets",
         "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
         "grain",

@@ -25,19 +25,27 @@ class DemonstrationBatch:
 
     tokens: [B, S] int32. token_mask: [B, S] bool, False on padding.
     response_mask: [B, R] bool over the last R columns, True on response tokens, EOS included.
+    segment_ids: [B, S] int32 where rows are packed, several demonstrations one after the other: 1 for the tokens of
+    the first, 2 for those of the second, 0 on padding. Tokens see their own segment only. None elsewhere.
     """
 
     tokens: jax.Array
     token_mask: jax.Array
     response_mask: jax.Array
+    segment_ids: jax.Array | None = None
 
 
 @_pytree
 class PreferenceBatch:
-    """Pairs: row i of ``chosen`` and of ``rejected`` answer the same prompt, and ``chosen`` was preferred."""
+    """Pairs: row i of ``chosen`` and of ``rejected`` answer the same prompt, and ``chosen`` was preferred.
+
+    probability: [B] float32, how likely it is that ``chosen`` is the better one, where labels are soft; None where
+    they are hard.
+    """
 
     chosen: DemonstrationBatch
     rejected: DemonstrationBatch
+    probability: jax.Array | None = None
 
 
 @_pytree

@@ -9,6 +9,7 @@ import pytest
 from rlhf_jax.data.arithmetic import ArithmeticConfig
 from rlhf_jax.data.world import WorldConfig
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.stages import dpo, evaluate, grpo, inputs, online_dpo, ppo, rejection, reward_model, sft
 from rlhf_jax.stages.preference_objectives import PreferenceLoss
@@ -35,6 +36,7 @@ READERS = {
     ArithmeticConfig: ("data/arithmetic.py",),
     SamplingConfig: ("sampling/generate.py", "sampling/logits.py"),
     ModelConfig: ("models",),
+    LoraConfig: ("models/lora.py",),
 }
 
 

@@ -1,6 +1,8 @@
 """SFT on the embedded arithmetic: sums worked out step by step, by a demonstrator who slips.
 
 Command: python -m experiments.sft --config=experiments/configs/arithmetic_sft.py --workdir=runs/arithmetic/sft
+Time: 35 to 50 s on two cores shared with other work.
+Expect: held-out loss 0.068 a token; the demonstrator is right in 34% of the sums, and so is the policy.
 """
 
 from experiments.launch import to_config_dict

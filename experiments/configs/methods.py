@@ -1,6 +1,8 @@
 """What experiments.methods runs beside the quickstart's PPO and DPO, each against the same reward model.
 
 Command: python -m experiments.methods --quickstart=runs/quickstart --workdir=runs/methods
+Time: 3 to 5 minutes on two cores shared with other work. Expect, at seed 0, gold (KL): RLOO 4.0 (2.9), GRPO 3.0 (1.7),
+online DPO 3.2 (1.8), iterative DPO 3.1 (6.8), rejection sampling 1.3 (1.6); SFT 1.05, PPO 4.2 (4.2).
 """
 
 import ml_collections

@@ -1,25 +1,15 @@
-"""Rejection-sampling fine-tuning on the embedded world's film reviews, against the reward model.
+"""Rejection-sampling fine-tuning on the embedded film reviews, as in methods.py, which says what to expect.
 
 Command: python -m experiments.rejection --workdir=runs/rejection --init_from=runs/sft --reward_from=runs/reward_model
 """
 
-from experiments.configs import quickstart
+from experiments.configs import methods
 from experiments.launch import to_config_dict
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import rejection
-from rlhf_jax.stages.inputs import DataConfig
-from rlhf_jax.training.loop import Schedule
-from rlhf_jax.training.optimizer import OptimizerConfig
 
 
 def get_config():
-    data = configs.from_dict(DataConfig, quickstart.get_config().data.to_dict())
-    return to_config_dict(
-        rejection.Config(
-            data=data,
-            optimizer=OptimizerConfig(learning_rate=3e-4, schedule="constant", b2=0.99),
-            schedule=Schedule(num_steps=100, eval_every=10, save_every=50),
-            batch_size=512,
-            group_size=8,
-        )
-    )
+    base = methods.get_config().to_dict()
+    fields = {**base["rft"], "seed": base["seed"], "data": base["data"]}
+    return to_config_dict(configs.from_dict(rejection.Config, fields))

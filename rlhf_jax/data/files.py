@@ -1,7 +1,7 @@
 """Streams records out of files, without knowing what they mean; imports fields and errors only.
 
 Read as a stream, one record in memory at a time: JSON lines and text, plain or gzipped; Parquet; directories of such
-shards, in the order of their names; a TFDS data set. A ``.json`` list is parsed whole. Lines end in "\\n" or "\\r\\n",
+shards, in the order of their names. A ``.json`` list is parsed whole. Lines end in "\\n" or "\\r\\n",
 also mixed. What is wrong with one record is a `BadRow` when it is parsed; what is wrong with a file is an `InputError`.
 """
 
@@ -22,7 +22,6 @@ from rlhf_jax.errors import InputError
 KINDS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".txt", ".txt.gz", ".pos", ".neg")
 # A longer line is no row of text but a broken file; the limit keeps memory flat whatever a file holds.
 MAX_LINE_BYTES = 4 * 2**20
-TFDS_PREFIX = "tfds:"
 _PARQUET_ROWS = 256
 
 
@@ -30,12 +29,16 @@ _PARQUET_ROWS = 256
 class Record:
     """One record: ``source`` as error messages name it ("pairs.jsonl:7"), its place in words, and its parser.
 
-    parse: gives the JSON value, or raises `BadRow`.
+    parse: gives the JSON value, or raises `BadRow`. progress: how much has been read with it, from 0 to 1.
     """
 
     source: str
     where: str
     parse: Callable[[], Any]
+    progress: float
+
+
+_Numbered = Iterator[tuple[int, Callable[[], Any], float]]
 
 
 def source_files(path: str | pathlib.Path) -> list[pathlib.Path]:
@@ -48,7 +51,10 @@ def source_files(path: str | pathlib.Path) -> list[pathlib.Path]:
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.name.endswith(KINDS) and file.is_file())
         if not found:
-            raise InputError(f"{path} is a directory without a file ending in {', '.join(KINDS)}: give one.")
+            raise InputError(
+                f"{path} is a directory: give the path of a file in it, or a directory that holds files ending in "
+                f"{', '.join(KINDS)}."
+            )
         return found
     if not path.name.endswith(KINDS):
         raise InputError(
@@ -62,7 +68,10 @@ def source_files(path: str | pathlib.Path) -> list[pathlib.Path]:
 def records(path: str | pathlib.Path) -> Iterator[Record]:
     """Every record of a file or of a directory of shards; blank lines are counted and passed over."""
     root = pathlib.Path(path)
-    for file in source_files(root):
+    found = source_files(root)
+    sizes = [file.stat().st_size for file in found]
+    for place, file in enumerate(found):
+        before, whole = sum(sizes[:place]), max(sum(sizes), 1)
         name = file.name if file == root else str(file.relative_to(root))
         plain = file.name.removesuffix(".gz")
         if plain.endswith(".parquet"):
@@ -71,8 +80,13 @@ def records(path: str | pathlib.Path) -> Iterator[Record]:
             numbered, word = _whole_list(file), "row"
         else:
             numbered, word = _lines(file, _line_parser(plain)), "line"
-        for number, parse in numbered:
-            yield Record(source=f"{name}:{number}", where=f"{word} {number} of {file}", parse=parse)
+        for number, parse, share in numbered:
+            yield Record(
+                source=f"{name}:{number}",
+                where=f"{word} {number} of {file}",
+                parse=parse,
+                progress=(before + share * sizes[place]) / whole,
+            )
 
 
 def _line_parser(name: str) -> Callable[[bytes], Any]:
@@ -82,8 +96,8 @@ def _line_parser(name: str) -> Callable[[bytes], Any]:
     return _text_line if name.endswith(".txt") else parse_json
 
 
-def _lines(path: pathlib.Path, parser: Callable[[bytes], Any]) -> Iterator[tuple[int, Callable[[], Any]]]:
-    with _opened(path) as stream:
+def _lines(path: pathlib.Path, parser: Callable[[bytes], Any]) -> _Numbered:
+    with _opened(path) as (stream, share):
         number = 0
         while line := stream.readline(MAX_LINE_BYTES + 1):
             number += 1
@@ -91,9 +105,9 @@ def _lines(path: pathlib.Path, parser: Callable[[bytes], Any]) -> Iterator[tuple
                 size = len(line)
                 while not line.endswith(b"\n") and (line := stream.readline(MAX_LINE_BYTES)):
                     size += len(line)
-                yield number, lambda size=size: _too_long(size)
+                yield number, lambda size=size: _too_long(size), share()
             elif line.strip():
-                yield number, lambda line=line: parser(line)
+                yield number, lambda line=line: parser(line), share()
 
 
 def _too_long(size: int) -> None:
@@ -101,22 +115,26 @@ def _too_long(size: int) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, unpacked; whatever goes wrong while they are read is an `InputError`."""
+def _opened(path: pathlib.Path) -> Iterator[tuple[IO[bytes], Callable[[], float]]]:
+    """The bytes of a file, unpacked, and the share of it that has been read.
+
+    Whatever goes wrong while they are read is an `InputError`.
+    """
     try:
+        size = max(path.stat().st_size, 1)
         with path.open("rb") as file:
             # An empty file is a gzip file without members, which gzip would call cut off.
             packed = path.name.endswith(".gz") and file.peek(1)
             with gzip.GzipFile(fileobj=file) if packed else contextlib.nullcontext(file) as stream:
-                yield stream
+                yield stream, lambda: min(file.tell() / size, 1.0)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path} is not a whole gzip file ({error}): fetch or compress it again.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None
 
 
-def _whole_list(path: pathlib.Path) -> Iterator[tuple[int, Callable[[], Any]]]:
-    with _opened(path) as stream:
+def _whole_list(path: pathlib.Path) -> _Numbered:
+    with _opened(path) as (stream, _):
         data = stream.read()
     if not data.strip():
         return
@@ -131,10 +149,10 @@ def _whole_list(path: pathlib.Path) -> Iterator[tuple[int, Callable[[], Any]]]:
             f"{path} holds {kind_of(rows)} where a list of rows is expected: wrap the rows in [ ]."
         )
     for number, row in enumerate(rows, start=1):
-        yield number, lambda row=row: row
+        yield number, lambda row=row: row, number / len(rows)
 
 
-def _parquet(path: pathlib.Path) -> Iterator[tuple[int, Callable[[], Any]]]:
+def _parquet(path: pathlib.Path) -> _Numbered:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -146,7 +164,7 @@ def _parquet(path: pathlib.Path) -> Iterator[tuple[int, Callable[[], Any]]]:
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, lambda row=row: row
+                    yield number, lambda row=row: row, number / file.metadata.num_rows
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{path} is not a whole Parquet file ({reason}): fetch or write it again.") from None

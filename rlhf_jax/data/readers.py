@@ -30,6 +30,8 @@ from rlhf_jax.errors import InputError
 Row = TypeVar("Row", bound=AnyRow)
 ToRows = Callable[[Any, str], list[Row]]
 ON_BAD_ROW = ("error", "skip")
+# What error messages call the option that leaves bad rows out, in the stages.
+ROW_FLAG = "--config.data.on_bad_row"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,14 +60,15 @@ class Tally:
 
 
 def read_preferences(
-    path: str | pathlib.Path, *, on_bad_row: str = "error"
+    path: str | pathlib.Path, *, on_bad_row: str = "error", flag: str = ROW_FLAG
 ) -> tuple[list[Preference], ReadReport]:
     """Preference pairs of a file or directory, with a report of what was left out; see `formats.preferences`.
 
     on_bad_row: "error" raises `InputError` at the first bad row; "skip" leaves bad rows out and reports
       each. A file that cannot be read to its end, or that has no good row, is an `InputError` either way.
+    flag: how the user asks for the latter, for error messages.
     """
-    return read_all(path, formats.preferences, on_bad_row=on_bad_row)
+    return read_all(path, formats.preferences, on_bad_row=on_bad_row, flag=flag)
 
 
 def read_demonstrations(
@@ -100,11 +103,12 @@ def read_unpaired(
 
 
 def read_all(
-    path: str | pathlib.Path, to_rows: ToRows, *, on_bad_row: str = "error"
+    path: str | pathlib.Path, to_rows: ToRows, *, on_bad_row: str = "error", flag: str = ROW_FLAG
 ) -> tuple[list, ReadReport]:
     """Every row at once; see `stream_rows`."""
     tally = Tally()
-    rows = list(stream_rows(files.records(path), str(path), to_rows, tally, on_bad_row=on_bad_row))
+    records = files.records(path)
+    rows = list(stream_rows(records, str(path), to_rows, tally, on_bad_row=on_bad_row, flag=flag))
     return rows, tally.report()
 
 
@@ -115,7 +119,7 @@ def stream_rows(
     tally: Tally,
     *,
     on_bad_row: str = "error",
-    flag: str = "--config.data.on_bad_row",
+    flag: str = ROW_FLAG,
 ) -> Iterator[Row]:
     """The rows of records, one after the other, counted in ``tally``; see `read_preferences` for ``on_bad_row``.
 
@@ -189,6 +193,13 @@ def split_by_group(
     held_out = held_out_groups(groups, held_out_fraction=held_out_fraction, seed=seed)
     train = [row for row, group in zip(rows, groups, strict=True) if group not in held_out]
     return train, [row for row, group in zip(rows, groups, strict=True) if group in held_out]
+
+
+def split_by_row(rows: Sequence[Row], *, held_out_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """As `split_by_group`, with each row a group of its own: only to show what such a split would leak."""
+    held_out = held_out_groups(range(len(rows)), held_out_fraction=held_out_fraction, seed=seed)
+    train = [row for place, row in enumerate(rows) if place not in held_out]
+    return train, [row for place, row in enumerate(rows) if place in held_out]
 
 
 def held_out_groups(groups: Sequence[Any], *, held_out_fraction: float, seed: int) -> set[Any]:

@@ -104,7 +104,10 @@ def sequence_full_kl(
     chunks = [jnp.pad(x.reshape(-1, width), ((0, pad), (0, 0))).reshape(-1, chunk, width) for x in hidden]
 
     def kl(states: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits = [decoder.vocabulary_logits(x, head) for x, head in zip(states, unembeddings, strict=True)]
+        logits = [
+            decoder.vocabulary_logits(x, head, softcap=model.logit_softcap)
+            for x, head in zip(states, unembeddings, strict=True)
+        ]
         return full_kl(logits[0][None] / temperature, logits[1][None] / temperature)[0]
 
     per_token = jax.lax.map(kl, tuple(chunks)).reshape(-1)[: rows * length].reshape(rows, length)

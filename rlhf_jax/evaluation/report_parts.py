@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -208,8 +209,15 @@ def origin(runs: Mapping[str, Run]) -> list[str]:
     found = []
     settings = [run.config for run in runs.values()]
     data = next((config["data"] for config in settings if "data" in config), {})
+    # Names, not paths: a page is sent to others, whose machines have other directories.
     if data.get("path"):
-        found.append(f"data {data['path']}")
+        found.append(f"data {pathlib.PurePath(data['path']).name}")
+    elif data.get("embedded") == "arithmetic":
+        sums = data.get("arithmetic", {})
+        found.append(
+            f"embedded arithmetic of {sums.get('num_digits')} digits, seed {sums.get('seed')}, "
+            f"slip rate {sums.get('slip_rate')}"
+        )
     elif "world" in data:
         world = data["world"]
         found.append(
@@ -218,7 +226,7 @@ def origin(runs: Mapping[str, Run]) -> list[str]:
     source = next((config["model"]["path"] for config in settings if config.get("model", {}).get("path")), "")
     shape = next((run.handoff["model"] for run in runs.values() if "model" in run.handoff), {})
     if source:
-        found.append(f"started from {source}")
+        found.append(f"started from {pathlib.PurePath(source).name}")
     if shape:
         found.append(
             f"{shape.get('num_layers')} layers of width {shape.get('width')}, vocabulary {shape.get('vocab_size'):,}"

@@ -108,7 +108,7 @@ def sequence_log_probs(log_probs: jax.typing.ArrayLike, mask: jax.typing.ArrayLi
 def sequence_mean_log_probs(log_probs: jax.typing.ArrayLike, mask: jax.typing.ArrayLike) -> jax.Array:
     """Log-probability of each response per token: what SimPO, ORPO and TRL's IPO compare.
 
-    (1 / |y|) log pi(y | x), Meng et al. (2024), eq. 4.
+    (1 / |y|) log pi(y | x), Meng et al. (2024), eq. 3.
 
     Args:
       log_probs: [B, T] float, nats.
@@ -134,6 +134,7 @@ def chunked_token_log_probs(
     *,
     chunk_size: int,
     temperature: float | jax.Array = 1.0,
+    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities and entropies straight from the last hidden states, never holding [B, T, V].
 
@@ -151,6 +152,8 @@ def chunked_token_log_probs(
       chunk_size: positions, of the B * T, whose logits may be alive at a time. A divisor of B * T with a quotient that
         divides V wastes nothing.
       temperature: tau, above 0; the one the tokens were sampled with.
+      softcap: c, above 0: logits are c tanh(logits / c) before the temperature divides them (Gemma Team 2024, Gemma 2,
+        section 2); None leaves them alone.
 
     Returns:
       log_probs: [B, T] float32, nats.
@@ -159,7 +162,7 @@ def chunked_token_log_probs(
 
     Raises:
       TypeError: ``hidden`` or ``unembedding`` is not floating, or ``targets`` not integer.
-      ValueError: wrong rank, shapes that disagree, or ``chunk_size`` or ``temperature`` not above 0.
+      ValueError: wrong rank, shapes that disagree, or ``chunk_size``, ``temperature`` or ``softcap`` not above 0.
 
     >>> hidden, unembedding = jnp.array([[[1.0, 0.0]]]), jnp.log(jnp.array([[0.25, 1.0], [0.75, 1.0]]))
     >>> log_probs, entropy = chunked_token_log_probs(hidden, unembedding, jnp.array([[1]]), chunk_size=1)
@@ -174,12 +177,17 @@ def chunked_token_log_probs(
     targets = checks.integral("targets", targets, shape=hidden.shape[:-1])
     checks.positive("chunk_size", chunk_size)
     checks.positive("temperature", temperature)
+    # The states carry the temperature, and c tanh(z / c) / tau is c' tanh(z' / c') with c' = c / tau, z' = z / tau.
+    cap = None
+    if softcap is not None:
+        checks.positive("softcap", softcap)
+        cap = jnp.asarray(softcap / temperature, hidden.dtype)
     blocks = min(max(1, math.ceil(math.prod(targets.shape) / chunk_size)), unembedding.shape[0])
     broken = ~jnp.all(jnp.isfinite(hidden), axis=-1)
     states = jnp.where(broken[..., None], 0.0, hidden / temperature)
     states, unembedding = _varying_alike(states, unembedding)
     flat = states.reshape(-1, states.shape[-1]), unembedding, targets.reshape(-1)
-    log_probs, entropy = (x.reshape(targets.shape) for x in _blocked(*flat, blocks))
+    log_probs, entropy = (x.reshape(targets.shape) for x in _blocked(*flat, cap, blocks))
     return jnp.where(broken, jnp.nan, log_probs), jnp.where(broken, jnp.nan, entropy)
 
 
@@ -245,15 +253,15 @@ def _softmax_parts(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 # so that each block spreads over the devices of a sharded vocabulary.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _blocked(
-    states: jax.Array, unembedding: jax.Array, targets: jax.Array, blocks: int
+    states: jax.Array, unembedding: jax.Array, targets: jax.Array, cap: jax.Array | None, blocks: int
 ) -> tuple[jax.Array, jax.Array]:
-    """[N, D], [V, D], [N] -> log-probs [N], entropy [N]."""
-    return _blocked_forward(states, unembedding, targets, blocks)[0]
+    """[N, D], [V, D], [N], [] or None -> log-probs [N], entropy [N]."""
+    return _blocked_forward(states, unembedding, targets, cap, blocks)[0]
 
 
-def _blocked_forward(states, unembedding, targets, blocks):
+def _blocked_forward(states, unembedding, targets, cap, blocks):
     """Per block: the peak, log of the sum of exp above it, the entropy within, and the target's logit if it is there.
 
     The entropy of the whole is that within the blocks plus that of which block: sum_k w_k (H_k - log w_k).
@@ -261,7 +269,8 @@ def _blocked_forward(states, unembedding, targets, blocks):
     stacked = _strided(unembedding, blocks)
 
     def one(block):
-        logits = _only_tokens(states @ stacked[:, block].T, block, blocks, unembedding.shape[0])
+        products = _capped(states @ stacked[:, block].T, cap)
+        logits = _only_tokens(products, block, blocks, unembedding.shape[0])
         peak = jnp.max(logits, axis=-1)
         shifted = logits - peak[:, None]
         weights = jnp.exp(shifted)
@@ -277,20 +286,22 @@ def _blocked_forward(states, unembedding, targets, blocks):
     log_shares = log_totals - log_total[None]
     entropy = jnp.sum(jnp.exp(log_shares) * (entropies - log_shares), axis=0)
     log_probs = jnp.sum(chosen, axis=0) - peak - log_total
-    return (log_probs, entropy), (states, unembedding, targets, entropy, peak + log_total)
+    return (log_probs, entropy), (states, unembedding, targets, cap, entropy, peak + log_total)
 
 
 def _blocked_backward(blocks, residuals, cotangents):
     """d log p(y) / dz_v = 1[v = y] - p(v);  dH / dz_v = -p(v) (log p(v) + H)."""
-    states, unembedding, targets, entropy, normalisers = residuals
+    states, unembedding, targets, cap, entropy, normalisers = residuals
     for_log_prob, for_entropy = cotangents
     stacked = _strided(unembedding, blocks)
     places = jnp.arange(stacked.shape[0])[None]
 
     def one(carry, block):
-        states_cotangent, stacked_cotangent = carry
+        states_cotangent, stacked_cotangent, cap_cotangent = carry
         rows = stacked[:, block]
-        log_p = _only_tokens(states @ rows.T - normalisers[:, None], block, blocks, unembedding.shape[0])
+        bare = states @ rows.T
+        products = _capped(bare, cap)
+        log_p = _only_tokens(products - normalisers[:, None], block, blocks, unembedding.shape[0])
         logits_cotangent = jnp.zeros_like(log_p)
         if not isinstance(for_log_prob, SymbolicZero):
             is_target = places * blocks + block == targets[:, None]
@@ -299,13 +310,23 @@ def _blocked_backward(blocks, residuals, cotangents):
         if not isinstance(for_entropy, SymbolicZero):
             surprise = jnp.where(log_p > -jnp.inf, log_p, 0.0) + entropy[:, None]
             logits_cotangent -= for_entropy[:, None] * (jnp.exp(log_p) * surprise)
+        if cap is not None:
+            # d c tanh(z / c): (1 - tanh^2) dz + (tanh - z / c (1 - tanh^2)) dc
+            slope = 1.0 - jnp.square(products / cap)
+            cap_cotangent += jnp.sum(logits_cotangent * (products - bare * slope)) / cap
+            logits_cotangent *= slope
         states_cotangent += logits_cotangent @ rows
-        return (states_cotangent, stacked_cotangent.at[:, block].set(logits_cotangent.T @ states)), None
+        stacked_cotangent = stacked_cotangent.at[:, block].set(logits_cotangent.T @ states)
+        return (states_cotangent, stacked_cotangent, cap_cotangent), None
 
-    start = jnp.zeros_like(states), jnp.zeros_like(stacked)
-    (states_cotangent, stacked_cotangent), _ = jax.lax.scan(one, start, jnp.arange(blocks))
+    start = jnp.zeros_like(states), jnp.zeros_like(stacked), jax.tree.map(jnp.zeros_like, cap)
+    (states_cotangent, stacked_cotangent, cap_cotangent), _ = jax.lax.scan(one, start, jnp.arange(blocks))
     unembedding_cotangent = stacked_cotangent.reshape(-1, unembedding.shape[1])[: unembedding.shape[0]]
-    return states_cotangent, unembedding_cotangent, None
+    return states_cotangent, unembedding_cotangent, None, cap_cotangent
+
+
+def _capped(logits: jax.Array, cap: jax.Array | None) -> jax.Array:
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def _varying_alike(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -331,8 +352,9 @@ def _only_tokens(logits: jax.Array, block: jax.Array, blocks: int, vocabulary: i
     return jnp.where((jnp.arange(logits.shape[1]) * blocks + block < vocabulary)[None], logits, -jnp.inf)
 
 
-def _blocked_forward_of_primals(states, unembedding, targets, blocks):
-    return _blocked_forward(states.value, unembedding.value, targets.value, blocks)
+def _blocked_forward_of_primals(states, unembedding, targets, cap, blocks):
+    cap = None if cap is None else cap.value
+    return _blocked_forward(states.value, unembedding.value, targets.value, cap, blocks)
 
 
 _blocked.defvjp(_blocked_forward_of_primals, _blocked_backward, symbolic_zeros=True)

@@ -32,27 +32,36 @@ def _layer_parameters(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], t
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     width, mlp = config.width, config.mlp_width
     residual = (2 * config.num_layers) ** -0.5
-    kernels = {
+    around_attention = {
         "query": ((width, heads), ("embed", "heads"), width**-0.5, config.qkv_bias),
         "key": ((width, kv_heads), ("embed", "kv_heads"), width**-0.5, config.qkv_bias),
         "value": ((width, kv_heads), ("embed", "kv_heads"), width**-0.5, config.qkv_bias),
         "output": ((heads, width), ("heads", "embed"), residual * heads**-0.5, config.output_bias),
-        "gate": ((width, mlp), ("embed", "mlp"), width**-0.5, config.mlp_bias),
+    }
+    gate = (
+        {"gate": ((width, mlp), ("embed", "mlp"), width**-0.5, config.mlp_bias)} if config.gated_mlp else {}
+    )
+    in_mlp = gate | {
         "up": ((width, mlp), ("embed", "mlp"), width**-0.5, config.mlp_bias),
         "down": ((mlp, width), ("mlp", "embed"), residual * mlp**-0.5, config.mlp_bias),
     }
-    if not config.gated_mlp:
-        del kernels["gate"]
-    table = _norm_parameters(config, "attention_norm") | _norm_parameters(config, "mlp_norm")
+    # Linen draws in the order of declaration: what every model has comes first, so that a key goes on giving the
+    # weights it gave before there was anything else.
+    table, biases = {}, {}
+    for norm, kernels_after in (("attention_norm", around_attention), ("mlp_norm", in_mlp)):
+        table[norm] = ((width,), ("embed",), _norm_initializer(config))
+        for name, (shape, axes, deviation, bias) in kernels_after.items():
+            table[name] = (shape, axes, nn.initializers.normal(deviation))
+            if bias:
+                biases[f"{name}_bias"] = (shape[1:], axes[1:], nn.initializers.zeros_init())
+    table |= biases
+    for name in ("attention_norm", "mlp_norm"):
+        table |= _norm_parameters(config, name)
     if config.post_norms:
         table |= _norm_parameters(config, "attention_post_norm") | _norm_parameters(config, "mlp_post_norm")
     if config.query_key_norms:
         for name in ("query_norm", "key_norm"):
             table[name] = ((config.head_dim,), ("head_dim",), _norm_initializer(config))
-    for name, (shape, axes, deviation, bias) in kernels.items():
-        table[name] = (shape, axes, nn.initializers.normal(deviation))
-        if bias:
-            table[f"{name}_bias"] = (shape[1:], axes[1:], nn.initializers.zeros_init())
     return table
 
 
@@ -267,20 +276,10 @@ def hidden_states(
 
 
 def unembedding(config: ModelConfig, params: Params) -> jax.Array:
-    """The vocabulary head [V, D] float32, the embedding itself when tied, where logits are products with it.
+    """The vocabulary head [V, D] float32, the embedding itself when tied.
 
-    Raises:
-        InputError: the model caps its logits, which no matrix does; ``logits`` gives them.
+    Logits are products with it, capped where the config has a ``logit_softcap``: see ``vocabulary_logits``.
     """
-    if config.logit_softcap is not None:
-        raise InputError(
-            f"model field logit_softcap is {config.logit_softcap}: training and sampling do not cap logits yet; "
-            "give a model without it, or use decoder.logits"
-        )
-    return _head(config, params)
-
-
-def _head(config: ModelConfig, params: Params) -> jax.Array:
     return params["decoder"]["embedding" if config.tied_embeddings else "unembedding"]
 
 
@@ -294,7 +293,7 @@ def logits(
 ) -> jax.Array:
     """Next-token logits [B, S, V] float32 for tokens, token_mask [B, S]; see ``hidden_states``."""
     hidden = hidden_states(config, params, tokens, token_mask, segment_ids=segment_ids)
-    return vocabulary_logits(hidden, _head(config, params), softcap=config.logit_softcap)
+    return vocabulary_logits(hidden, unembedding(config, params), softcap=config.logit_softcap)
 
 
 def vocabulary_logits(hidden: jax.Array, head: jax.Array, *, softcap: float | None = None) -> jax.Array:

@@ -63,9 +63,6 @@ def from_pretrained(
     return config, {"decoder": decoder}
 
 
-load_pretrained = from_pretrained
-
-
 def load_pretrained_scalar(
     path_or_hub_id: str | os.PathLike[str], *, shardings: Any = None
 ) -> tuple[ModelConfig, Params]:

@@ -53,8 +53,8 @@ def splash_attention(
 ) -> jax.Array:
     """As ``causal_attention``, where tokens of one segment see each other: a mask is never held.
 
-    query [B, S, H, K]; key, value [B, S, J, K]; segments [B, S] int, of which padding has its own. windows: one, or
-    the two that the model's layers have; of two, ``which`` ([] bool) picks the one that is not None. row_axes,
+    query [B, S, H, K]; key, value [B, S, J, K]; segments [B, S] int, of which padding has its own. windows, in
+    columns: one, or the two that the model has; of two, ``which`` ([] bool) picks the one that is not None. row_axes,
     head_axes: the axes of the mesh in scope (``jax.set_mesh``) over which rows and heads are split: XLA cannot split
     this kernel by itself. interpret: run the kernel's program without a TPU, slowly.
 

@@ -108,7 +108,7 @@ def generate(
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
 
     def append(state: _State, hidden: jax.Array) -> _State:
-        logits = vocabulary_logits(hidden, weights["head"])
+        logits = vocabulary_logits(hidden, weights["head"], softcap=config.logit_softcap)
         drawn, log_probs = next_tokens(logits, row_keys, state.step, sampling=sampling, eos_id=eos_id)
         live = ~state.ended
         return state._replace(

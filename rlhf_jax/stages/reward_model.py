@@ -77,9 +77,12 @@ def make_objective(
         del frozen
         both = concatenate_pairs(batch.chosen, batch.rejected)
         chosen, rejected = jnp.split(reward_model.score(model, params, both), 2)
-        losses = bradley_terry_loss(
-            chosen, rejected, margin=margin, label_smoothing=label_smoothing, centering=centering
-        )
+        how = {"margin": margin, "label_smoothing": label_smoothing, "centering": centering}
+        losses = bradley_terry_loss(chosen, rejected, **how)
+        if batch.probability is not None:
+            # The cross-entropy to a soft label is the mean over which of the two was preferred.
+            other = bradley_terry_loss(rejected, chosen, **how)
+            losses = batch.probability * losses + (1.0 - batch.probability) * other
         metrics = {
             "accuracy": mean_of(chosen > rejected),
             "margin": mean_of(chosen - rejected),

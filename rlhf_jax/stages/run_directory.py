@@ -153,10 +153,10 @@ def _description(path: pathlib.Path) -> dict[str, Any]:
 
 
 def load_model(path: str, run: Run) -> Model:
-    """A model from a finished run's hand-off or from a Hugging Face directory, replicated over the run's mesh.
+    """A model from a finished run's hand-off or from Hugging Face, replicated over the run's mesh.
 
     Args:
-      path: either kind of directory.
+      path: either kind of directory, or the name of a repository on the Hugging Face hub, which is fetched.
       run: gives the mesh.
 
     Raises:
@@ -164,17 +164,20 @@ def load_model(path: str, run: Run) -> Model:
     """
     directory = pathlib.Path(path)
     sharding = meshes.replicated(run.mesh)
-    if not directory.is_dir():
-        raise InputError(
-            f"there is no directory {directory}; give the --workdir of a finished run, or a Hugging Face directory"
-        )
     if _is_run(directory):
         return load_handoff_model(directory, sharding)
-    config, params = huggingface.load_pretrained(directory)
+    if not directory.is_dir():
+        try:
+            directory = huggingface.local_directory(path)
+        except InputError as error:
+            raise InputError(
+                f"there is no directory {path}; give the --workdir of a finished run, or a Hugging Face directory "
+                f"({error})"
+            ) from None
+    config, params = huggingface.from_pretrained(directory, shardings=sharding)
     tokenizer = tokenizers.load_tokenizer(directory)
-    tokenizers.check_vocabulary(tokenizer, config.vocab_size, model=str(directory))
-    params = jax.device_put(params, sharding)
-    return Model(config=config, params=params, tokenizer=tokenizer, origin=str(directory), facts={})
+    tokenizers.check_vocabulary(tokenizer, config.vocab_size, model=str(path))
+    return Model(config=config, params=params, tokenizer=tokenizer, origin=str(path), facts={})
 
 
 def load_handoff_model(path: str | os.PathLike, sharding: Any = None) -> Model:

@@ -24,7 +24,8 @@ CHUNK_SIZE = 256
 
 def response_hidden_states(config: ModelConfig, params: Any, batch: Sequences) -> jax.Array:
     """Hidden states [B, R, D] that predict the response tokens."""
-    hidden = decoder.hidden_states(config, params, batch.tokens, batch.token_mask)
+    segment_ids = batch.segment_ids if isinstance(batch, DemonstrationBatch) else None
+    hidden = decoder.hidden_states(config, params, batch.tokens, batch.token_mask, segment_ids=segment_ids)
     width, response = batch.tokens.shape[1], batch.response_mask.shape[1]
     return hidden[:, width - response - 1 : width - 1]
 
@@ -41,7 +42,12 @@ def response_log_probs(
     # A chunk larger than the batch would only compute padding.
     chunk_size = min(CHUNK_SIZE, targets.size)
     log_probs, entropy = chunked_token_log_probs(
-        hidden, decoder.unembedding(config, params), targets, chunk_size=chunk_size, temperature=temperature
+        hidden,
+        decoder.unembedding(config, params),
+        targets,
+        chunk_size=chunk_size,
+        temperature=temperature,
+        softcap=config.logit_softcap,
     )
     return jnp.where(batch.response_mask, log_probs, 0.0), jnp.where(batch.response_mask, entropy, 0.0)
 

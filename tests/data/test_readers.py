@@ -238,7 +238,7 @@ def test_a_bad_file_is_one_sentence_even_when_rows_may_be_skipped(tmp_path, on_b
         ),
     ]
     (tmp_path / "dir.jsonl").mkdir()
-    cases.append((tmp_path / "dir.jsonl", "dir.jsonl is a directory without a file ending in .jsonl"))
+    cases.append((tmp_path / "dir.jsonl", "dir.jsonl is a directory: give the path of a file in it"))
     for path, message in cases:
         with pytest.raises(InputError) as error:
             read_preferences(path, on_bad_row=on_bad_row)

@@ -1,5 +1,6 @@
 """The page shows the numbers of the files, obeys no text, asks for nothing from outside, and says what is missing."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -304,3 +305,26 @@ def test_an_evaluation_alone_has_its_table_and_samples(ladder):
     assert "dpo answers blame the plot" in page.text
     (ladder / "evaluate" / "samples.json").unlink()
     assert "blame the plot" not in page_of(ladder / "evaluate").text
+
+
+def test_a_run_says_which_embedded_task_it_is_of_and_no_directory_of_this_machine():
+    from rlhf_jax.evaluation import report_parts
+    from rlhf_jax.evaluation.report_files import Run
+
+    def told(data, model=""):
+        config = {"data": data, "model": {"path": model}}
+        fields = {"name": "sft", "stage": "sft", "config": config, "handoff": {}, "rows": []}
+        known = {field.name for field in dataclasses.fields(Run)}
+        rest = {name: {} for name in known - set(fields)}
+        return report_parts.origin({"sft": Run(**fields, **rest)})
+
+    sums = {
+        "path": "",
+        "embedded": "arithmetic",
+        "arithmetic": {"num_digits": 3, "seed": 4, "slip_rate": 0.3},
+    }
+    assert told(sums) == ["embedded arithmetic of 3 digits, seed 4, slip rate 0.3"]
+    assert told({"path": "/home/me/pairs.jsonl"}, "/home/me/llama") == [
+        "data pairs.jsonl",
+        "started from llama",
+    ]

@@ -94,12 +94,13 @@ def weighted(head, pair):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 4, 7, 15, 1000])
-def test_chunked_equals_plain(head, chunk_size):
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_chunked_equals_plain(head, chunk_size, softcap):
     """Any chunk, dividing or not (37 is prime): values, and gradients in hidden, unembedding and temperature."""
     hidden, unembedding, targets = head
 
     def plain(h, u, temperature):
-        logits = h @ u.T
+        logits = h @ u.T if softcap is None else softcap * jnp.tanh(h @ u.T / softcap)
         pair = (
             losses.token_log_probs(logits, targets, temperature=temperature),
             losses.token_entropy(logits, temperature=temperature),
@@ -107,7 +108,9 @@ def test_chunked_equals_plain(head, chunk_size):
         return weighted(head, pair), pair
 
     def chunked(h, u, temperature):
-        pair = losses.chunked_token_log_probs(h, u, targets, chunk_size=chunk_size, temperature=temperature)
+        pair = losses.chunked_token_log_probs(
+            h, u, targets, chunk_size=chunk_size, temperature=temperature, softcap=softcap
+        )
         return weighted(head, pair), pair
 
     with jax.enable_x64(True):

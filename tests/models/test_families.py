@@ -12,7 +12,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import decoder, heads
 from rlhf_jax.models.families import FAMILIES, config_from_huggingface, config_to_huggingface
 from rlhf_jax.models.huggingface import (
-    load_pretrained,
+    from_pretrained,
     load_pretrained_scalar,
     save_pretrained,
     save_pretrained_scalar,
@@ -126,7 +126,7 @@ def test_logits_in_and_out_against_transformers(torch, name, tmp_path):
     expected = their_logits(model, torch)
     model.save_pretrained(tmp_path / "theirs", max_shard_size="12KB")
     assert len(list((tmp_path / "theirs").glob("model-*.safetensors"))) > 1
-    config, params = load_pretrained(tmp_path / "theirs")
+    config, params = from_pretrained(tmp_path / "theirs")
     assert_ours_are_theirs(config, params, expected)
 
     save_pretrained(tmp_path / "ours", config, params, max_shard_bytes=12_000)
@@ -139,7 +139,7 @@ def test_logits_in_and_out_against_transformers(torch, name, tmp_path):
     for ours, theirs in zip(their_logits(again.float().eval(), torch), expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
-    reread, back = load_pretrained(tmp_path / "ours")
+    reread, back = from_pretrained(tmp_path / "ours")
     assert reread == config
     jax.tree.map(np.testing.assert_array_equal, params, back)
     originals, written = (tensors_of(tmp_path / side) for side in ("theirs", "ours"))
@@ -160,7 +160,7 @@ def test_a_reward_model_scores_the_same_in_transformers(torch, name, tmp_path):
     import transformers
 
     their_model(name, torch).save_pretrained(tmp_path / "theirs")
-    config, params = load_pretrained(tmp_path / "theirs")
+    config, params = from_pretrained(tmp_path / "theirs")
     params["decoder"].pop("unembedding", None)
     params["head"] = {
         "kernel": jnp.asarray(np.random.default_rng(2).normal(size=32), jnp.float32),
@@ -203,9 +203,9 @@ def test_a_repository_of_the_hub_that_was_fetched_before(torch, tmp_path, monkey
     (refs / "main").write_text(snapshot.name)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    config, params = load_pretrained("someone/small")
-    assert config == load_pretrained(snapshot)[0]
-    jax.tree.map(np.testing.assert_array_equal, params, load_pretrained(snapshot)[1])
+    config, params = from_pretrained("someone/small")
+    assert config == from_pretrained(snapshot)[0]
+    jax.tree.map(np.testing.assert_array_equal, params, from_pretrained(snapshot)[1])
 
 
 def test_every_family_is_compared():

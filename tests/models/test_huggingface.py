@@ -16,7 +16,6 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.huggingface import (
     config_from_huggingface,
     from_pretrained,
-    load_pretrained,
     load_pretrained_scalar,
     read_config,
     save_pretrained,
@@ -84,8 +83,8 @@ def test_what_we_save_gives_the_same_logits_in_transformers(torch, config, tmp_p
     ours = np.asarray(logits_of(config, params, TOKENS, MASK))
     assert np.abs(theirs[MASK]).max() > 1.0
     np.testing.assert_allclose(ours[MASK], theirs[MASK], atol=1e-4, rtol=0)
-    same_trees(load_pretrained(tmp_path)[1], params)
-    assert load_pretrained(tmp_path)[0] == config
+    same_trees(from_pretrained(tmp_path)[1], params)
+    assert from_pretrained(tmp_path)[0] == config
 
 
 def test_what_transformers_saves_in_shards_gives_the_same_logits_here(torch, tmp_path):
@@ -106,7 +105,7 @@ def test_what_transformers_saves_in_shards_gives_the_same_logits_here(torch, tmp
     ).eval()
     theirs.save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    config, params = load_pretrained(tmp_path)
+    config, params = from_pretrained(tmp_path)
     assert (config.num_kv_heads, config.head_dim, config.tied_embeddings) == (1, 6, False)
     with torch.no_grad():
         expected = theirs(input_ids=torch.tensor(TOKENS)).logits.numpy()
@@ -132,7 +131,7 @@ def test_the_real_checkpoint_gives_its_published_numbers(shared_data):
     transformers = pytest.importorskip("transformers")
     folder = shared_data / "models" / "stories260K"
     expected = json.loads((folder / "expected.json").read_text())
-    config, params = load_pretrained(folder)
+    config, params = from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
     last = expected["last_logits"]
@@ -160,7 +159,7 @@ def test_the_real_checkpoint_gives_its_published_numbers(shared_data):
 
 def test_the_real_checkpoint_comes_back_bitwise(shared_data, tmp_path):
     folder = shared_data / "models" / "stories260K"
-    config, params = load_pretrained(folder)
+    config, params = from_pretrained(folder)
     save_pretrained(tmp_path, config, params)
     original = safetensors.numpy.load_file(folder / "model.safetensors")
     written = safetensors.numpy.load_file(tmp_path / "model.safetensors")
@@ -181,7 +180,7 @@ def copy(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "copy")
 
 
-def refused(path, *words, load=load_pretrained):
+def refused(path, *words, load=from_pretrained):
     with pytest.raises(InputError) as error:
         load(path)
     message = str(error.value)
@@ -202,10 +201,10 @@ def reconfigure(path, **changes):
 
 
 def test_half_precision_weights_are_widened(copy):
-    exact = load_pretrained(copy)[1]["decoder"]["layers"]["query"]
+    exact = from_pretrained(copy)[1]["decoder"]["layers"]["query"]
     for dtype in (np.float16, jnp.bfloat16):
         rewrite(copy, lambda t, d=dtype: t.update({k: v.astype(d) for k, v in t.items()}))
-        loaded = load_pretrained(copy)[1]["decoder"]["layers"]["query"]
+        loaded = from_pretrained(copy)[1]["decoder"]["layers"]["query"]
         assert loaded.dtype == np.float32
         np.testing.assert_allclose(loaded, exact, rtol=1e-2, atol=1e-6)
 
@@ -254,7 +253,7 @@ def test_a_head_that_config_says_is_tied_but_differs(copy):
     reconfigure(copy, tie_word_embeddings=True)
     refused(copy, "lm_head.weight", "tie_word_embeddings")
     rewrite(copy, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
-    assert load_pretrained(copy)[0].tied_embeddings
+    assert from_pretrained(copy)[0].tied_embeddings
 
 
 @pytest.mark.parametrize(
@@ -277,7 +276,7 @@ def test_a_causal_model_is_not_a_reward_model(saved):
 
 
 def test_arrays_are_read_onto_their_devices_a_slice_at_a_time(saved, monkeypatch):
-    config, whole = load_pretrained(saved)
+    config, whole = from_pretrained(saved)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     names = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
 
@@ -310,11 +309,11 @@ def test_arrays_are_read_onto_their_devices_a_slice_at_a_time(saved, monkeypatch
 
 def test_weights_rounded_to_half_precision_come_back_bitwise(copy, tmp_path):
     for dtype, kind in (("bfloat16", jnp.bfloat16), ("float16", np.float16)):
-        config, params = load_pretrained(copy)
+        config, params = from_pretrained(copy)
         save_pretrained(tmp_path / dtype, config, params, dtype=dtype)
         written = safetensors.numpy.load_file(tmp_path / dtype / "model.safetensors")
         assert {value.dtype for value in written.values()} == {np.dtype(kind)}
-        config, rounded = load_pretrained(tmp_path / dtype)
+        config, rounded = from_pretrained(tmp_path / dtype)
         halves = jax.tree.map(lambda x, kind=kind: np.asarray(x).astype(kind).astype(np.float32), params)
         same_trees(halves, rounded)
         save_pretrained(tmp_path / "again", config, rounded, dtype=dtype)
@@ -325,18 +324,18 @@ def test_weights_rounded_to_half_precision_come_back_bitwise(copy, tmp_path):
 
 
 def test_a_save_leaves_nothing_of_the_one_before(saved, tmp_path):
-    config, params = load_pretrained(saved)
+    config, params = from_pretrained(saved)
     for size, files in ((20_000, 3), (10**9, 1), (30_000, 2)):
         save_pretrained(tmp_path, config, params, max_shard_bytes=size)
         weights = sorted(tmp_path.glob("*.safetensors"))
         assert len(weights) == files and all(file.stat().st_size < size + 4000 for file in weights)
         assert (tmp_path / "model.safetensors.index.json").exists() == (files > 1)
         assert not list(tmp_path.glob("*.partial"))
-        same_trees(load_pretrained(tmp_path)[1], params)
+        same_trees(from_pretrained(tmp_path)[1], params)
     for options, word in (({"max_shard_bytes": 0}, "max_shard_bytes"), ({"dtype": "int8"}, "int8")):
         with pytest.raises(InputError, match=word):
             save_pretrained(tmp_path, config, params, **options)
-    same_trees(load_pretrained(tmp_path)[1], params)
+    same_trees(from_pretrained(tmp_path)[1], params)
 
 
 def test_a_name_that_is_no_directory_and_cannot_be_fetched(tmp_path, monkeypatch):
@@ -351,7 +350,7 @@ def test_a_name_that_is_no_directory_and_cannot_be_fetched(tmp_path, monkeypatch
 
 def test_tensors_without_the_models_prefix(copy):
     rewrite(copy, lambda t: [t.update({k.removeprefix("model."): t.pop(k)}) for k in list(t)])
-    same_trees(load_pretrained(copy)[1], lively(GROUPED, 1))
+    same_trees(from_pretrained(copy)[1], lively(GROUPED, 1))
 
 
 def test_older_spelling_of_the_rotary_base():

@@ -15,7 +15,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import cache, decoder, heads
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.families import config_from_huggingface
-from rlhf_jax.models.huggingface import load_pretrained, save_pretrained
+from rlhf_jax.models.huggingface import from_pretrained, save_pretrained
 from rlhf_jax.models.lora import (
     LoraConfig,
     adapter_axes,
@@ -172,7 +172,7 @@ def test_what_peft_wrote_gives_pefts_logits(family, tmp_path):
     file = tmp_path / "base" / "model.safetensors"
     shapes = {name: value.shape for name, value in safetensors.numpy.load_file(file).items()}
     safetensors.numpy.save_file(make.fill(shapes), file)
-    _, base = load_pretrained(tmp_path / "base")
+    _, base = from_pretrained(tmp_path / "base")
 
     adapted = tmp_path / "adapter"
     adapted.mkdir()

@@ -77,6 +77,33 @@ def test_reward_model_learns_length_where_the_labeller_likes_it(ladder, tmp_path
     assert facts["bayes_accuracy"] > 0.97
 
 
+def test_a_soft_label_is_the_cross_entropy_to_it(ladder):
+    """Against the formula on the scores of either side, one number a pair; a certain label is a hard one."""
+    from rlhf_jax.data import batches, world
+    from rlhf_jax.models.config import ModelConfig
+    from rlhf_jax.rewards import reward_model as rewards
+
+    model = ModelConfig.from_dict(checkpoints.load_handoff(ladder.reward_model)[0].model)
+    params = params_of(ladder.reward_model)
+    encoded, _ = batches.encode_preferences(
+        world.preferences(WORLD, "train"), world.world_tokenizer(), **DATA.widths
+    )
+    batch, _ = next(iter(batches.eval_batches(encoded, 8)))
+    hard = dataclasses.replace(batch, probability=None)
+    soft = np.array([0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 0.75, 0.55], np.float32)
+    objective = jax.jit(
+        lambda b: reward_model.make_objective(model)(params, {}, b)[0]["bradley_terry"].mean()
+    )
+    chosen, rejected = (
+        np.asarray(rewards.score(model, params, side)) for side in (batch.chosen, batch.rejected)
+    )
+    right = 1 / (1 + np.exp(rejected - chosen))
+    expected = -(soft * np.log(right) + (1 - soft) * np.log(1 - right)).mean()
+    assert math.isclose(objective(dataclasses.replace(hard, probability=soft)), expected, rel_tol=1e-5)
+    certain = dataclasses.replace(hard, probability=np.ones(8, np.float32))
+    assert math.isclose(objective(certain), objective(hard), rel_tol=1e-6)
+
+
 def test_the_offset_makes_reference_responses_average_zero(ladder):
     """Recomputed from the hand-off alone, against chosen training responses scored one by one."""
     from rlhf_jax.data import batches, world

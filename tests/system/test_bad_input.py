@@ -22,7 +22,7 @@ from rlhf_jax.evaluation import report
 from rlhf_jax.models import decoder, huggingface
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.stages import config as configs
-from rlhf_jax.stages import evaluate, ppo, reward_model, sft
+from rlhf_jax.stages import evaluate, online, ppo, reward_model, sft
 from rlhf_jax.stages.inputs import DataConfig
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -346,7 +346,7 @@ def test_prompts_left_out_on_request_are_counted_and_named(params, tmp_path, mon
     def reach(**_):
         raise Reached
 
-    monkeypatch.setattr(ppo, "fit", reach)
+    monkeypatch.setattr(online, "fit", reach)
     prompts = len({row["prompt"] for row in ROWS})
     places = set()
     for seed in range(3):  # the long prompt is trained on under one split and held out under another
