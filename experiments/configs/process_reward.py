@@ -3,6 +3,8 @@
 Command: python -m experiments.process_reward --workdir=runs/arithmetic/process --init_from=runs/arithmetic/sft
 """
 
+import dataclasses
+
 from experiments.configs import arithmetic_sft
 from experiments.launch import to_config_dict
 from rlhf_jax.data import arithmetic
@@ -14,9 +16,9 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 def get_config():
     return to_config_dict(
         process_reward.Config(
-            data=arithmetic_sft.DATA,
+            data=dataclasses.replace(arithmetic_sft.DATA, truncation="keep_start"),
             step_mark=arithmetic.STEP_MARK,
-            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, b2=0.99),
-            schedule=Schedule(num_steps=600, eval_every=100, save_every=300),
+            optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50, b2=0.99),
+            schedule=Schedule(num_steps=4000, eval_every=500, save_every=1000),
         )
     )

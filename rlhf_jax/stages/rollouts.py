@@ -227,12 +227,7 @@ def load_reward(config: Any, reward_from: str, run: Run, model: Model, encoded: 
             raise InputError(
                 f"{missing} has no answer, which config.reward=answer needs; give rows with one, or config.reward=model"
             )
-        return Reward(
-            of_rows=policies.text_reward(
-                model.tokenizer,
-                lambda row, response, ended: float(verifiers.gsm8k_reward([response], [row.answer])[0]),
-            )
-        )
+        return Reward(of_rows=_answer_reward(model.tokenizer))
     is_process = config.reward == "process"
     if not reward_from:
         stage = "process_reward" if is_process else "reward_model"
@@ -248,8 +243,19 @@ def load_reward(config: Any, reward_from: str, run: Run, model: Model, encoded: 
     return Reward(of_rows=model_reward(reward, config.scoring))
 
 
+def _answer_reward(tokenizer: Any) -> RowReward:
+    return policies.text_reward(
+        tokenizer, lambda row, response, ended: float(verifiers.gsm8k_reward([response], [row.answer])[0])
+    )
+
+
 def gold_reward(data: inputs.DataConfig, tokenizer: Any) -> RowReward | None:
-    """The embedded world's gold reward, to measure and never to train on; None for files, which have none."""
+    """What the embedded data are really after, to measure whatever is trained on; None for files, where nobody knows.
+
+    The reviews' gold reward; of the sums, whether the answer is right.
+    """
+    if not data.path and data.embedded == "arithmetic":
+        return _answer_reward(tokenizer)
     gold = inputs.gold_reward(data)
     if gold is None:
         return None

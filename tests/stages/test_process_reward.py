@@ -33,6 +33,7 @@ DATA = DataConfig(
     arithmetic=ArithmeticConfig(num_digits=1, num_demonstrations=256, num_prompts=64, num_eval_prompts=24),
     prompt_length=8,
     response_length=18,
+    truncation="keep_start",  # a step said twice is too long
 )
 CONFIG = process_reward.Config(**(SHARED | {"data": DATA}), step_mark=";")
 WIDTHS = {"prompt_length": 8, "response_length": 18}
@@ -93,8 +94,15 @@ def test_steps_that_hold_the_mark_are_refused_or_left_out():
 
 def test_embedded_rows_are_the_demonstrations_with_their_labels():
     split = inputs.load_process_steps(DATA)
-    told = arithmetic.demonstrations(DATA.arithmetic)
-    assert [";".join(row.steps) for row in split.train] == [row.response for row in told]
+    told = [row.response for row in arithmetic.demonstrations(DATA.arithmetic)]
+    texts = [";".join(row.steps) for row in split.train]
+    same = np.mean([text == response for text, response in zip(texts, told, strict=True)])
+    assert 0.4 < same < 0.65, "half are spoiled, now and then by the digit that was there"
+    plain = dataclasses.replace(DATA, arithmetic=dataclasses.replace(DATA.arithmetic, spoiled_rate=0.0))
+    assert [";".join(row.steps) for row in inputs.load_process_steps(plain).train] == told
+    assert {len(row.steps) for row in split.train} == {1, 2, 3}
+    wrong_last = np.mean([row.labels[-1] == 0 for row in split.train])
+    assert 0.1 < wrong_last < 0.5, "answers that do not follow from the steps are among them"
     assert all(
         list(row.labels) == arithmetic.step_labels(row.prompt, ";".join(row.steps)) for row in split.held_out
     )
