@@ -16,6 +16,7 @@ setup(
         "chex",
         "transformers>=5",
         "huggingface_hub",
+        "scipy",
         "tensorflow-datasets",
         "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
         "grain",

@@ -1,324 +1,64 @@
-"""Encoded rows and the Grain pipelines that batch them, in numpy; imports types, rows, tokenizer, grain.
+"""Batches of encoded rows: how rows lie in them, and endless iterators over them; imports encoding, pipeline, packing.
 
-jax is imported for its trees alone; no array here is a jax array.
+jax is imported for its trees alone; no array here is a jax array. The layout is that of `rlhf_jax.types`: prompts end
+at column P (padding on the left), responses begin there (padding on the right), masks come from lengths.
 
-The layout is that of `rlhf_jax.types`: prompts end at column P (padding on the left), responses begin there
-(padding on the right), masks come from lengths.
+What `encoding` has is offered here too, so that a stage needs one name.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import json
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-import grain
 import jax
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
-from rlhf_jax.data import tokenizer as tokenizers
-from rlhf_jax.data.rows import Demonstration, Preference, ProcessSteps, Prompt
+from rlhf_jax.data import mixtures, packing, pipeline
+from rlhf_jax.data.encoding import (
+    TRUNCATIONS,
+    Encoded,
+    EncodedDemonstration,
+    EncodedPreference,
+    EncodedPrompt,
+    EncodeReport,
+    encode_demonstrations,
+    encode_preferences,
+    encode_prompts,
+    lengths_of,
+)
+from rlhf_jax.data.steps import EncodedSteps, encode_process_steps
 from rlhf_jax.errors import InputError
 from rlhf_jax.types import DemonstrationBatch, PreferenceBatch, StepsBatch
 
-TRUNCATIONS = ("error", "drop", "keep_start", "keep_end")
-# Endless for every purpose; Grain's own "endless" overflows an index when batches hold one row.
-_EPOCHS = 2**31
+__all__ = [
+    "TRUNCATIONS",
+    "Encoded",
+    "EncodedDemonstration",
+    "EncodedPreference",
+    "EncodedPrompt",
+    "EncodedSteps",
+    "EncodeReport",
+    "encode_demonstrations",
+    "encode_preferences",
+    "encode_process_steps",
+    "encode_prompts",
+    "demonstration_batches",
+    "preference_batches",
+    "steps_batches",
+    "prompt_batches",
+    "packed_batches",
+    "eval_batches",
+    "bucketed",
+    "pad_left",
+    "pad_right",
+]
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EncodedDemonstration:
-    """Ids of a demonstration, and the row that they were made from."""
-
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    row: Demonstration
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EncodedPreference:
-    """Ids of a pair; the prompt's ids may differ by the tokens at the boundary."""
-
-    chosen_prompt_ids: tuple[int, ...]
-    chosen_ids: tuple[int, ...]
-    rejected_prompt_ids: tuple[int, ...]
-    rejected_ids: tuple[int, ...]
-    row: Preference
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EncodedPrompt:
-    """Ids of a prompt."""
-
-    prompt_ids: tuple[int, ...]
-    row: Prompt
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EncodedSteps:
-    """Ids of a solution, and (response column of the token that ends it, label) of each step that was judged."""
-
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    judged: tuple[tuple[int, float], ...]
-    row: ProcessSteps
-
-
-EncodedRow = TypeVar("EncodedRow", EncodedDemonstration, EncodedPreference, EncodedPrompt, EncodedSteps)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Encoded(Generic[EncodedRow]):
-    """Rows that fit P = ``prompt_length`` and R = ``response_length`` columns, and the id that pads them."""
-
-    rows: tuple[EncodedRow, ...]
-    prompt_length: int
-    response_length: int
-    pad_id: int
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EncodeReport:
-    """kept: rows encoded, truncated ones included. dropped, truncated: (source, reason) of each such row."""
-
-    kept: int
-    dropped: tuple[tuple[str, str], ...] = ()
-    truncated: tuple[tuple[str, str], ...] = ()
-
-
-def encode_demonstrations(
-    rows: Sequence[Demonstration],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    prompt_length: int,
-    response_length: int,
-    truncation: str = "error",
-) -> tuple[Encoded[EncodedDemonstration], EncodeReport]:
-    """Ids of each row that fits.
-
-    truncation: what to do with a row of more than ``prompt_length`` or ``response_length`` ids: "error"
-      raises `InputError`; "drop" leaves the row out; "keep_start" and "keep_end" keep that part of the
-      *prompt* (and its BOS), while a response always keeps its start, and loses its EOS because it did not
-      end there.
-    """
-    pairs = tokenizers.encode_many(tokenizer, [(row.prompt, row.response) for row in rows])
-    fitted, report = _fit_all(
-        [(row.source, (pair,)) for row, pair in zip(rows, pairs, strict=True)],
-        _Limits.of(tokenizer, prompt_length, response_length, truncation),
-    )
-    encoded = tuple(
-        EncodedDemonstration(prompt_ids=prompt_ids, response_ids=response_ids, row=rows[index])
-        for index, ((prompt_ids, response_ids),) in fitted
-    )
-    return _encoded(encoded, tokenizer, prompt_length, response_length), report
-
-
-def encode_preferences(
-    rows: Sequence[Preference],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    prompt_length: int,
-    response_length: int,
-    truncation: str = "error",
-) -> tuple[Encoded[EncodedPreference], EncodeReport]:
-    """Ids of each pair that fits; see `encode_demonstrations` for ``truncation``.
-
-    A pair whose two sides are the same ids, as a tokenizer that knows few words or a cut can make them, says
-    nothing: it is an `InputError` under "error", and dropped otherwise.
-    """
-    chosen = tokenizers.encode_many(tokenizer, [(row.prompt, row.chosen) for row in rows])
-    rejected = tokenizers.encode_many(tokenizer, [(row.prompt, row.rejected) for row in rows])
-    fitted, report = _fit_all(
-        [(row.source, sides) for row, *sides in zip(rows, chosen, rejected, strict=True)],
-        _Limits.of(tokenizer, prompt_length, response_length, truncation),
-    )
-    encoded = tuple(
-        EncodedPreference(
-            chosen_prompt_ids=chosen_prompt_ids,
-            chosen_ids=chosen_ids,
-            rejected_prompt_ids=rejected_prompt_ids,
-            rejected_ids=rejected_ids,
-            row=rows[index],
-        )
-        for index, ((chosen_prompt_ids, chosen_ids), (rejected_prompt_ids, rejected_ids)) in fitted
-    )
-    return _encoded(encoded, tokenizer, prompt_length, response_length), report
-
-
-def encode_process_steps(
-    rows: Sequence[ProcessSteps],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    step_mark: str,
-    prompt_length: int,
-    response_length: int,
-    truncation: str = "error",
-) -> tuple[Encoded[EncodedSteps], EncodeReport]:
-    """Ids of each solution that fits, steps joined by ``step_mark``; see `encode_demonstrations` for ``truncation``.
-
-    A step ends at the next token that has the mark in it, and the last one at EOS: what `step_ends` finds in a policy's
-    own text. A row where that gives another number of steps, as one with the mark inside of a step, is an `InputError`
-    under "error", and dropped otherwise. A step that a cut goes through loses its label.
-    """
-    marks = tokenizers.tokens_with(tokenizer, step_mark)
-    pairs = tokenizers.encode_many(tokenizer, [(row.prompt, step_mark.join(row.steps)) for row in rows])
-    ends = [step_ends(response_ids, marks) for _, response_ids in pairs]
-    whole = [index for index, row in enumerate(rows) if len(ends[index]) == len(row.steps)]
-    uneven = [
-        (row.source, f"has {len(row.steps)} steps, and {len(found)} when divided at {step_mark!r}")
-        for row, found in zip(rows, ends, strict=True)
-        if len(found) != len(row.steps)
-    ]
-    if uneven and (truncation == "error" or not whole):
-        raise InputError(
-            f"{uneven[0][0]} {uneven[0][1]}: give a --config.step_mark that no step has in it, or pass "
-            "--config.data.truncation=drop."
-        )
-    fitted, report = _fit_all(
-        [(rows[index].source, (pairs[index],)) for index in whole],
-        _Limits.of(tokenizer, prompt_length, response_length, truncation),
-    )
-    encoded = []
-    for number, ((prompt_ids, response_ids),) in fitted:
-        row, columns = rows[whole[number]], ends[whole[number]]
-        judged = tuple(
-            (column, label)
-            for column, label in zip(columns, row.labels, strict=True)
-            if label is not None and column < len(response_ids)
-        )
-        encoded.append(EncodedSteps(prompt_ids=prompt_ids, response_ids=response_ids, judged=judged, row=row))
-    report = dataclasses.replace(report, dropped=(*uneven, *report.dropped))
-    return _encoded(tuple(encoded), tokenizer, prompt_length, response_length), report
-
-
-def step_ends(response_ids: Sequence[int], marks: np.ndarray) -> list[int]:
-    """The columns where steps end: tokens that ``marks`` [V] bool has, and the last token."""
-    last = len(response_ids) - 1
-    return [column for column, token in enumerate(response_ids) if marks[token] or column == last]
-
-
-def encode_prompts(
-    rows: Sequence[Prompt],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    prompt_length: int,
-    truncation: str = "error",
-) -> tuple[Encoded[EncodedPrompt], EncodeReport]:
-    """Ids of each prompt that fits; see `encode_demonstrations` for ``truncation``. R is 0."""
-    ids = [tokenizers.encode_prompt(tokenizer, row.prompt) for row in rows]
-    fitted, report = _fit_all(
-        [(row.source, ((prompt_ids, []),)) for row, prompt_ids in zip(rows, ids, strict=True)],
-        _Limits.of(tokenizer, prompt_length, 1, truncation),
-    )
-    encoded = tuple(EncodedPrompt(prompt_ids=ids, row=rows[index]) for index, ((ids, _),) in fitted)
-    return _encoded(encoded, tokenizer, prompt_length, 0), report
-
-
-def _encoded(
-    rows: tuple, tokenizer: PreTrainedTokenizerFast, prompt_length: int, response_length: int
-) -> Encoded:
-    return Encoded(
-        rows=rows,
-        prompt_length=prompt_length,
-        response_length=response_length,
-        pad_id=tokenizers.pad_id(tokenizer),
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Limits:
-    """How many ids fit, and what happens to more."""
-
-    prompt_length: int
-    response_length: int
-    truncation: str
-    has_bos: bool
-
-    @staticmethod
-    def of(
-        tokenizer: PreTrainedTokenizerFast, prompt_length: int, response_length: int, truncation: str
-    ) -> _Limits:
-        if truncation not in TRUNCATIONS:
-            raise InputError(f"truncation is {truncation!r}: use one of {', '.join(TRUNCATIONS)}.")
-        has_bos = tokenizer.bos_token_id is not None
-        if prompt_length < 1 + has_bos or response_length < 1:
-            raise InputError(
-                f"prompt_length is {prompt_length} and response_length {response_length}: give room for one "
-                "token of each, and for a first BOS."
-            )
-        return _Limits(
-            prompt_length=prompt_length,
-            response_length=response_length,
-            truncation=truncation,
-            has_bos=has_bos,
-        )
-
-
-def _excess(prompt_ids: Sequence[int], response_ids: Sequence[int], limits: _Limits) -> str:
-    """What does not fit, in words; "" where everything does."""
-    parts = []
-    if len(prompt_ids) > limits.prompt_length:
-        parts.append(f"a prompt of {len(prompt_ids)} tokens where prompt_length is {limits.prompt_length}")
-    if len(response_ids) > limits.response_length:
-        parts.append(
-            f"a response of {len(response_ids)} tokens (EOS included) where response_length is "
-            f"{limits.response_length}"
-        )
-    return " and ".join(parts)
-
-
-def _cut(prompt_ids: Sequence[int], response_ids: Sequence[int], limits: _Limits) -> tuple[tuple, tuple]:
-    prompt_ids = tuple(prompt_ids)
-    if len(prompt_ids) > limits.prompt_length:
-        head = prompt_ids[:1] if limits.has_bos else ()
-        body, room = prompt_ids[len(head) :], limits.prompt_length - len(head)
-        prompt_ids = head + (body[:room] if limits.truncation == "keep_start" else body[-room:])
-    return prompt_ids, tuple(response_ids[: limits.response_length])
-
-
-def _fit_all(
-    sides_of_rows: Sequence[tuple[str, Sequence[tuple[Sequence[int], Sequence[int]]]]], limits: _Limits
-) -> tuple[list[tuple[int, tuple]], EncodeReport]:
-    """((row number, its sides cut to fit) of each row kept, report); a side is (prompt ids, response ids)."""
-    fitted: list[tuple[int, tuple]] = []
-    dropped: list[tuple[str, str]] = []
-    truncated: list[tuple[str, str]] = []
-    for index, (source, sides) in enumerate(sides_of_rows):
-        if not all(prompt_ids for prompt_ids, _ in sides):
-            raise InputError(
-                f"{source} has no prompt token to respond to, and the tokenizer has no BOS: give it a prompt."
-            )
-        excess = next(filter(None, (_excess(*side, limits) for side in sides)), "")
-        if excess and limits.truncation == "error":
-            raise InputError(
-                f"{source} has {excess}: raise --config.data.prompt_length or --config.data.response_length, "
-                "or pass --config.data.truncation=drop, keep_start or keep_end."
-            )
-        if excess and limits.truncation == "drop":
-            dropped.append((source, f"has {excess}"))
-            continue
-        cut = tuple(_cut(*side, limits) for side in sides)
-        if len(cut) == 2 and cut[0] == cut[1]:
-            if limits.truncation == "error":
-                raise InputError(
-                    f"{source} has two responses of the same tokens: give a tokenizer that can tell them apart, "
-                    "or pass --config.data.truncation=drop."
-                )
-            dropped.append((source, "has two responses of the same tokens, as far as they are kept"))
-            continue
-        if excess:
-            truncated.append((source, f"has {excess}"))
-        fitted.append((index, cut))
-    if dropped and not fitted:
-        raise InputError(
-            f"all {len(dropped)} rows were dropped, the first ({dropped[0][0]}) because it {dropped[0][1]}: "
-            "raise --config.data.prompt_length or --config.data.response_length."
-        )
-    return fitted, EncodeReport(kept=len(fitted), dropped=tuple(dropped), truncated=tuple(truncated))
+_WHOLE = pipeline.Share()
 
 
 def pad_left(ids: Sequence[int], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -347,15 +87,15 @@ def _lay_out(encoded: Encoded, prompt_ids: Sequence[int], response_ids: Sequence
     )
 
 
-def _row(encoded: Encoded, index: int) -> Any:
-    """What a batch holds of one row, without the batch axis."""
-    row = encoded.rows[index]
+def _lay_out_row(encoded: Encoded, index: int, row: Any) -> Any:
+    """What a batch holds of one row, without the batch axis; ``index``: its place in ``encoded.rows``."""
     if isinstance(row, EncodedDemonstration):
         return _lay_out(encoded, row.prompt_ids, row.response_ids)
     if isinstance(row, EncodedPreference):
         return PreferenceBatch(
             chosen=_lay_out(encoded, row.chosen_prompt_ids, row.chosen_ids),
             rejected=_lay_out(encoded, row.rejected_prompt_ids, row.rejected_ids),
+            probability=None if row.row.target is None else np.float32(row.row.target),
         )
     if isinstance(row, EncodedSteps):
         labels, judged = (np.zeros(encoded.response_length, kind) for kind in (np.float32, bool))
@@ -367,56 +107,157 @@ def _row(encoded: Encoded, index: int) -> Any:
     return {"tokens": tokens, "token_mask": mask, "index": np.int32(index)}
 
 
+def _make_batch(encoded: Encoded, indices: np.ndarray) -> Any:
+    rows = mixtures.fetch(encoded.rows, indices)
+    laid_out = [_lay_out_row(encoded, int(i), row) for i, row in zip(indices, rows, strict=True)]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *laid_out)
+
+
 def demonstration_batches(
-    encoded: Encoded[EncodedDemonstration], *, batch_size: int, seed: int
-) -> grain.DatasetIterator[DemonstrationBatch]:
+    encoded: Encoded[EncodedDemonstration],
+    *,
+    batch_size: int,
+    seed: int,
+    share: pipeline.Share = _WHOLE,
+    num_buckets: int = 1,
+) -> pipeline.BatchIterator:
     """Endless batches, reshuffled every epoch; S = P + R.
 
     ``get_state`` and ``set_state`` work between any two batches, and checkpoint with `grain.checkpoint`. A
     batch may begin in one epoch and end in the next, so that every row is seen once an epoch, whatever the
     batch size.
+
+    share: which rows of each batch this process reads, and with how many workers.
+    num_buckets: a batch has rows of about the same length, and one of so many widths; see `bucketed`. 1: rows of any
+      length together.
     """
-    return _batches(encoded, batch_size=batch_size, seed=seed)
+    return _batches(encoded, batch_size=batch_size, seed=seed, share=share, num_buckets=num_buckets)
 
 
 def preference_batches(
-    encoded: Encoded[EncodedPreference], *, batch_size: int, seed: int
-) -> grain.DatasetIterator[PreferenceBatch]:
+    encoded: Encoded[EncodedPreference],
+    *,
+    batch_size: int,
+    seed: int,
+    share: pipeline.Share = _WHOLE,
+    num_buckets: int = 1,
+) -> pipeline.BatchIterator:
     """Endless batches of pairs; see `demonstration_batches`."""
-    return _batches(encoded, batch_size=batch_size, seed=seed)
+    return _batches(encoded, batch_size=batch_size, seed=seed, share=share, num_buckets=num_buckets)
 
 
 def steps_batches(
-    encoded: Encoded[EncodedSteps], *, batch_size: int, seed: int
-) -> grain.DatasetIterator[StepsBatch]:
+    encoded: Encoded[EncodedSteps], *, batch_size: int, seed: int, share: pipeline.Share = _WHOLE
+) -> pipeline.BatchIterator:
     """Endless batches of solutions with judged steps; see `demonstration_batches`."""
-    return _batches(encoded, batch_size=batch_size, seed=seed)
+    return _batches(encoded, batch_size=batch_size, seed=seed, share=share)
 
 
 def prompt_batches(
-    encoded: Encoded[EncodedPrompt], *, batch_size: int, seed: int
-) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    encoded: Encoded[EncodedPrompt], *, batch_size: int, seed: int, share: pipeline.Share = _WHOLE
+) -> pipeline.BatchIterator:
     """Endless batches: tokens [B, P] int32, token_mask [B, P] bool, index [B] int32 into ``encoded.rows``."""
-    return _batches(encoded, batch_size=batch_size, seed=seed)
+    return _batches(encoded, batch_size=batch_size, seed=seed, share=share)
 
 
-def _batches(encoded: Encoded, *, batch_size: int, seed: int) -> grain.DatasetIterator:
-    if batch_size < 1 or not encoded.rows:
+def packed_batches(
+    encoded: Encoded[EncodedDemonstration], *, batch_size: int, seed: int, share: pipeline.Share = _WHOLE
+) -> pipeline.BatchIterator:
+    """Endless batches of packed demonstrations: [B, S] with S = P + R, R of the batch S - 1, and ``segment_ids``.
+
+    Which demonstrations lie in one row is decided once; rows are reshuffled every epoch. A loss that is a mean over
+    response tokens is that of the same demonstrations in rows of their own. Other arguments: `demonstration_batches`.
+
+    Raises:
+      InputError: sources with weights, which bins of several sources cannot keep.
+    """
+    _check_batches(encoded, batch_size, seed, share)
+    if encoded.sources:
+        raise InputError("packed batches keep no weights of sources: give one source, or do not pack.")
+    width = encoded.prompt_length + encoded.response_length
+    bins = packing.pack(lengths_of(encoded).sum(axis=1), width, seed)
+    order = pipeline.row_order([pipeline.Source(start=0, count=len(bins))], seed).batch(batch_size)
+    make = functools.partial(_make_packed, encoded, bins)
+    return pipeline.batches(order, make, share, identity=_identity(encoded, batch_size, seed, "packed"))
+
+
+def _make_packed(encoded: Encoded, bins: packing.Bins, numbers: np.ndarray) -> DemonstrationBatch:
+    members = [bins.of(int(number)) for number in numbers]
+    rows = iter(mixtures.fetch(encoded.rows, np.concatenate(members)))
+    width = encoded.prompt_length + encoded.response_length
+    laid_out = []
+    for places in members:
+        ids = [(row.prompt_ids, row.response_ids) for row in itertools.islice(rows, len(places))]
+        laid_out.append(packing.lay_out_packed(ids, width, encoded.pad_id))
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *laid_out)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Buckets:
+    """of_row: [N] int, the bucket of each row. widths: (prompt, response) columns of each bucket."""
+
+    of_row: np.ndarray
+    widths: tuple[tuple[int, int], ...]
+
+    def rows(self) -> list[np.ndarray]:
+        """The rows of each bucket."""
+        return [np.flatnonzero(self.of_row == bucket) for bucket in range(len(self.widths))]
+
+
+def bucketed(encoded: Encoded, num_buckets: int) -> Buckets:
+    """Rows of about the same number of tokens together, in at most ``num_buckets`` of about as many rows each.
+
+    A bucket is as wide as its longest prompt and its longest response.
+    """
+    lengths = lengths_of(encoded)
+    totals = lengths.sum(axis=1)
+    bounds = np.quantile(totals, np.arange(1, num_buckets) / num_buckets, method="lower")
+    _, of_row = np.unique(np.searchsorted(bounds, totals, side="left"), return_inverse=True)
+    widths = [lengths[of_row == bucket].max(axis=0) for bucket in range(of_row.max() + 1)]
+    return Buckets(of_row=of_row, widths=tuple((int(prompt), int(response)) for prompt, response in widths))
+
+
+def _batches(
+    encoded: Encoded, *, batch_size: int, seed: int, share: pipeline.Share, num_buckets: int = 1
+) -> pipeline.BatchIterator:
+    _check_batches(encoded, batch_size, seed, share)
+    if num_buckets < 1:
+        raise InputError(f"the number of buckets is {num_buckets}: give 1 or more.")
+    identity = _identity(encoded, batch_size, seed, num_buckets)
+    if num_buckets == 1:
+        sources = encoded.sources or (pipeline.Source(start=0, count=len(encoded)),)
+        order = pipeline.row_order(sources, seed).batch(batch_size)
+        return pipeline.batches(order, functools.partial(_make_batch, encoded), share, identity=identity)
+    if encoded.sources:
+        raise InputError("buckets keep no weights of sources: give one source, or one bucket.")
+    buckets = bucketed(encoded, num_buckets)
+    order = pipeline.batch_order(buckets.rows(), batch_size, seed)
+    return pipeline.batches(
+        order, functools.partial(_make_bucketed, encoded, buckets), share, identity=identity
+    )
+
+
+def _make_bucketed(encoded: Encoded, buckets: Buckets, indices: np.ndarray) -> Any:
+    """A batch of rows of one bucket."""
+    prompt, response = buckets.widths[buckets.of_row[indices[0]]]
+    return _make_batch(dataclasses.replace(encoded, prompt_length=prompt, response_length=response), indices)
+
+
+def _check_batches(encoded: Encoded, batch_size: int, seed: int, share: pipeline.Share) -> None:
+    if batch_size < 1 or not len(encoded):
         raise InputError(
             f"{len(encoded)} rows in batches of {batch_size} make no batch: give at least one of each."
         )
     if not 0 <= seed < 2**32:
         raise InputError(f"the data seed is {seed}: give one of at least 0 and below 2**32.")
-    dataset = (
-        grain.MapDataset.range(len(encoded))
-        .seed(seed)
-        .shuffle()
-        .repeat(_EPOCHS)
-        .map(lambda index: _row(encoded, int(index)))
-        .batch(batch_size)
-    )
-    # Rows lie in memory already: threads that read ahead would only compete with the computation.
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    share.check(batch_size)
+
+
+def _identity(encoded: Encoded, batch_size: int, seed: int, layout: Any) -> str:
+    """Everything that decides which rows are in which batch, but for the rows themselves."""
+    shape = (len(encoded), encoded.prompt_length, encoded.response_length, encoded.pad_id)
+    sources = [dataclasses.astuple(source) for source in encoded.sources]
+    return json.dumps([*shape, sources, batch_size, seed, layout])
 
 
 def eval_batches(encoded: Encoded, batch_size: int) -> Iterator[tuple[Any, np.ndarray]]:
@@ -429,5 +270,4 @@ def eval_batches(encoded: Encoded, batch_size: int) -> Iterator[tuple[Any, np.nd
         raise InputError(f"an evaluation batch size of {batch_size} makes no batch: give at least 1.")
     for start in range(0, len(encoded), batch_size):
         indices = np.arange(start, start + batch_size)
-        rows = [_row(encoded, min(int(i), len(encoded) - 1)) for i in indices]
-        yield jax.tree.map(lambda *leaves: np.stack(leaves), *rows), indices < len(encoded)
+        yield _make_batch(encoded, np.minimum(indices, len(encoded) - 1)), indices < len(encoded)

@@ -219,7 +219,9 @@ def _plain(row: Any) -> dict[str, Any]:
 
 def _preference(row: Preference) -> dict[str, Any]:
     numbers = {name: _nan(getattr(row, name)) for name in ("probability", "chosen_gold", "rejected_gold")}
-    return {**_plain(row), **numbers, "votes": _NO_VOTES if row.votes is None else list(row.votes)}
+    fields = {**_plain(row), **numbers, "votes": _NO_VOTES if row.votes is None else list(row.votes)}
+    del fields["target"]  # a choice of whoever trains, made from the votes
+    return fields
 
 
 def _ranking(row: Ranking) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Prepared sets: rows on disk as array records, opened at once and read one by one; imports builders, readers, errors.
+"""Prepared sets: rows on disk as array records, opened at once and read one by one; imports builders, readers.
 
-A prepared set is a directory: a TFDS data set, ``groups.npy`` (a digest of each row's group, so that a split needs no
-row), and ``prepared.json`` (where the rows came from, what was left out and why, SHA-256 of the sources and of what was
-written). It is made beside its place and renamed, so that it is there whole or not at all.
+A prepared set is a directory: a TFDS data set; ``groups.npy`` (digests of each row's group and of its prompt, so that
+neither a split nor finding each prompt once reads a row); and ``prepared.json`` (where the rows came from, what was
+left out and why, SHA-256 of the sources and of what was written). It is made beside its place and renamed, so that it
+is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import array
 import dataclasses
 import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -66,13 +68,14 @@ class PreparedRows(Sequence):
     """Some rows of a prepared set, in some order; each is read when it is asked for.
 
     source: all rows, as examples. decode: from an example to a row. indices: [N] int64, which rows.
-    directory: where the set lies.
+    directory: where the set lies. view: what ``convert`` makes of its rows, in a word; "" where they are as written.
     """
 
     source: Any
     decode: Callable[[Any], Row]
     indices: np.ndarray
     directory: pathlib.Path
+    view: str = ""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -86,18 +89,28 @@ class PreparedRows(Sequence):
         """The rows at some places of this selection, [M] int."""
         return dataclasses.replace(self, indices=self.indices[np.asarray(places, np.int64)])
 
+    def convert(self, function: Callable[[Row], Row], view: str) -> PreparedRows:
+        """What ``function``, which a worker process must be able to receive, makes of each row when it is read."""
+        decode = functools.partial(_converted, function, self.decode)
+        return dataclasses.replace(self, decode=decode, view=f"{self.view}/{view}")
+
     def fetch(self, places: np.ndarray) -> list[Row]:
         """The rows at some places, read together."""
         return [self.decode(example) for example in self.source.__getitems__(self.indices[places].tolist())]
 
 
+def _converted(function: Callable[[Row], Row], decode: Callable[[Any], Row], example: Any) -> Row:
+    return function(decode(example))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """An opened set. groups: [N] uint64, equal for rows of one group."""
+    """An opened set. groups, prompts: [N] uint64, equal for rows of one group, and for rows of one prompt."""
 
     manifest: Manifest
     rows: PreparedRows
     groups: np.ndarray
+    prompts: np.ndarray
 
 
 def is_prepared(path: str | pathlib.Path) -> bool:
@@ -149,7 +162,7 @@ def prepare(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_records(builders.KINDS[kind], _grouped(rows, groups), partial)
-        np.save(partial / GROUPS, np.frombuffer(groups, np.uint64))
+        np.save(partial / GROUPS, np.frombuffer(groups, np.uint64).reshape(-1, 2))
         for file, was in zip(found, before, strict=True):
             if _stat(file) != (was.size, was.modified):
                 raise InputError(f"{file} changed while it was read: run the same command again.")
@@ -189,9 +202,12 @@ def _followed(
 
 def _grouped(rows: Iterator[Row], groups: array.array) -> Iterator[Row]:
     for row in rows:
-        digest = hashlib.blake2b(group_of(row).encode(), digest_size=8).digest()
-        groups.append(int.from_bytes(digest, "little"))
+        groups.extend((_digest(group_of(row)), _digest(row.prompt)))
         yield row
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _write_records(kind: builders.Kind, rows: Iterator[Row], directory: pathlib.Path) -> None:
@@ -266,7 +282,7 @@ def open_prepared(path: str | os.PathLike) -> Prepared:
         indices=np.arange(len(source), dtype=np.int64),
         directory=directory,
     )
-    return Prepared(manifest=manifest, rows=rows, groups=groups)
+    return Prepared(manifest=manifest, rows=rows, groups=groups[:, 0], prompts=groups[:, 1])
 
 
 def read_manifest(directory: pathlib.Path) -> Manifest:
@@ -304,6 +320,12 @@ def split_prepared(
     return prepared.rows.select(np.flatnonzero(~is_held_out)), prepared.rows.select(
         np.flatnonzero(is_held_out)
     )
+
+
+def first_of_each_prompt(prepared: Prepared, rows: PreparedRows) -> PreparedRows:
+    """Those of ``rows`` whose prompt has not come before, in order."""
+    _, places = np.unique(prepared.prompts[rows.indices], return_index=True)
+    return rows.select(np.sort(places))
 
 
 def fingerprint(file: pathlib.Path) -> Fingerprint:

@@ -35,6 +35,7 @@ class Preference:
     probability: P(this label) where it is known (the embedded world), else None.
     chosen_gold, rejected_gold: gold reward of either side where it is known, else None; for analysis only.
     votes: how many annotators were for ``chosen``, for ``rejected``, and for neither; None where nobody counted.
+    target: the probability of this label that a loss is to aim at (see `soft_label`); None where the label is hard.
     """
 
     prompt: str
@@ -46,6 +47,7 @@ class Preference:
     chosen_gold: float | None = None
     rejected_gold: float | None = None
     votes: tuple[int, int, int] | None = None
+    target: float | None = None
     messages: Messages = ()
 
 
@@ -166,6 +168,11 @@ def soft_label(row: Preference, *, prior: float = 0.0) -> float:
         return 1.0
     won, lost, neither = row.votes
     return (won + neither / 2 + prior) / (won + lost + neither + 2 * prior)
+
+
+def with_soft_label(row: Preference, prior: float) -> Preference:
+    """The row, its ``target`` set."""
+    return dataclasses.replace(row, target=soft_label(row, prior=prior))
 
 
 def plain_text(messages: Sequence[tuple[str, str]]) -> str:

@@ -1,31 +1,41 @@
-"""The rows a stage trains on, from a file or from the embedded world. Imports data and errors."""
+"""The rows a stage trains on, from files, prepared sets or the embedded worlds, and their batches. Imports data."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from rlhf_jax.data import arithmetic, readers, world
-from rlhf_jax.data.rows import Demonstration, Preference, Prompt
-from rlhf_jax.errors import InputError
+import jax
+
+from rlhf_jax.data import arithmetic, batches, pipeline, prepared, readers, world
+from rlhf_jax.data.mixtures import Mixture
+from rlhf_jax.data.prepared import PreparedRows
+from rlhf_jax.data.rows import Demonstration, Preference, Prompt, with_soft_label
+from rlhf_jax.errors import InputError, check_range
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where rows come from and how they become fixed shapes.
 
-    path: a file of preferences or demonstrations; empty: what is embedded here. embedded: which of the two, the film
-    reviews of ``world`` or the sums of ``arithmetic``; the latter have no preferences. world, arithmetic: their
-    settings. format: what the file holds; SFT on a file of preferences learns the chosen responses.
+    path: a file, a directory of such files, or a prepared set (experiments.prepare_data); several, with commas between
+    them, are mixed. Empty: what is embedded here. weights: with several paths, how often each is drawn, as numbers with
+    commas between them; empty: each as often as the others. embedded: which of the two, the film reviews of ``world``
+    or the sums of ``arithmetic``; the latter have no preferences. world, arithmetic: their settings. format: what files
+    hold; a prepared set knows. SFT on preferences learns the chosen responses.
+    soft_labels: whether the reward model learns how likely a label is, from annotators' votes, instead of the label.
+    vote_prior: votes added to either side then.
     prompt_length, response_length: padded widths in tokens. truncation: what happens to a row that is longer.
     on_bad_row: whether an unusable row stops the run or is left out, counted and listed. held_out_fraction,
     split_seed: a file is split by group (topic, prompt), never by row; the world draws its held-out rows apart.
     """
 
     path: str = ""
-    format: Literal["preferences", "demonstrations"] = "preferences"
+    weights: str = ""
+    format: Literal["preferences", "demonstrations", "prompts"] = "preferences"
     embedded: Literal["reviews", "arithmetic"] = "reviews"
     world: world.WorldConfig = dataclasses.field(default_factory=world.WorldConfig)
     arithmetic: arithmetic.ArithmeticConfig = dataclasses.field(default_factory=arithmetic.ArithmeticConfig)
@@ -35,6 +45,11 @@ class DataConfig:
     on_bad_row: Literal["error", "skip"] = "error"
     held_out_fraction: float = 0.1
     split_seed: int = 0
+    soft_labels: bool = False
+    vote_prior: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "vote_prior", at_least=0)
 
     @property
     def widths(self) -> dict[str, Any]:
@@ -73,16 +88,7 @@ def load_demonstrations(config: DataConfig) -> Split:
         rows = world.demonstrations(config.world) if reviews else arithmetic.demonstrations(config.arithmetic)
         cut = max(1, len(rows) // 10)
         return Split(train=rows[cut:], held_out=rows[:cut])
-    if config.format == "demonstrations":
-        rows, report = readers.read_demonstrations(pathlib.Path(config.path), on_bad_row=config.on_bad_row)
-        train, held_out = _split(rows, config)
-        return Split(train=train, held_out=held_out, left_out=report.skipped)
-    split = load_preferences(config)
-    return Split(
-        train=[_chosen(row) for row in split.train],
-        held_out=[_chosen(row) for row in split.held_out],
-        left_out=split.left_out,
-    )
+    return _split_of(config, _as_demonstrations)
 
 
 def load_preferences(config: DataConfig) -> Split:
@@ -96,23 +102,37 @@ def load_preferences(config: DataConfig) -> Split:
             "--config.data.embedded=arithmetic has no preferences; give --config.data.path=<file>, or 'reviews'"
         )
     if not config.path:
-        return Split(
+        split = Split(
             train=world.preferences(config.world, "train"), held_out=world.preferences(config.world, "eval")
         )
-    rows, report = readers.read_preferences(pathlib.Path(config.path), on_bad_row=config.on_bad_row)
-    train, held_out = _split(rows, config)
-    return Split(train=train, held_out=held_out, left_out=report.skipped)
+    else:
+        split = _split_of(config, _as_preferences)
+    if not config.soft_labels:
+        return split
+    soften = functools.partial(with_soft_label, prior=config.vote_prior)
+    train, held_out = (
+        _each(rows, soften, f"soft {config.vote_prior}") for rows in (split.train, split.held_out)
+    )
+    return dataclasses.replace(split, train=train, held_out=held_out)
 
 
 def load_process_steps(config: DataConfig) -> Split:
-    """Rows of ``ProcessSteps``; ``config.format`` is not read.
+    """Rows of ``ProcessSteps``, from one file or directory of files; ``config.format`` is not read.
 
     Raises:
-      InputError: the embedded reviews were asked for, which have no steps.
+      InputError: the embedded reviews were asked for, which have no steps, or a prepared set.
     """
     if config.path:
-        rows, report = readers.read_process_steps(pathlib.Path(config.path), on_bad_row=config.on_bad_row)
-        train, held_out = _split(rows, config)
+        path = pathlib.Path(config.path)
+        if prepared.is_prepared(path):
+            raise InputError(
+                f"--config.data.path={path} is a prepared set, from which steps are not read; give the file it was "
+                "prepared from"
+            )
+        rows, report = readers.read_process_steps(path, on_bad_row=config.on_bad_row)
+        train, held_out = readers.split_by_group(
+            rows, held_out_fraction=config.held_out_fraction, seed=config.split_seed
+        )
         return Split(train=train, held_out=held_out, left_out=report.skipped)
     if config.embedded == "reviews":
         raise InputError(
@@ -123,14 +143,13 @@ def load_process_steps(config: DataConfig) -> Split:
 
 
 def load_prompts(config: DataConfig) -> Split:
-    """Rows of ``Prompt``, each prompt once; those of a preference file are split as its pairs are."""
+    """Rows of ``Prompt``, each prompt of a source once; those of preferences are split as the pairs are."""
     if not config.path and config.embedded == "arithmetic":
         train, held_out = (arithmetic.prompts(config.arithmetic, split) for split in ("train", "eval"))
         return Split(train=train, held_out=held_out)
     if not config.path:
         return Split(train=world.prompts(config.world, "train"), held_out=world.prompts(config.world, "eval"))
-    split = load_demonstrations(config)
-    return Split(train=_prompts(split.train), held_out=_prompts(split.held_out), left_out=split.left_out)
+    return _split_of(config, _as_prompts)
 
 
 def gold_reward(config: DataConfig) -> Callable[[str, str, bool], float] | None:
@@ -143,16 +162,179 @@ def embedded_tokenizer(config: DataConfig) -> Any:
     return world.world_tokenizer() if config.embedded == "reviews" else arithmetic.arithmetic_tokenizer()
 
 
-def _split(rows: Sequence, config: DataConfig) -> tuple[Sequence, Sequence]:
-    return readers.split_by_group(rows, held_out_fraction=config.held_out_fraction, seed=config.split_seed)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How rows become batches.
+
+    pack: several short demonstrations to a row, none of which sees another; preferences are never packed. num_buckets:
+    rows of about the same length to a batch, which is as wide as they are; 1: rows of any length, padded to the full
+    width. num_workers: processes that read and tokenise ahead; 0: when a batch is asked for.
+    """
+
+    pack: bool = False
+    num_buckets: int = 1
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        check_range(self, "num_buckets", at_least=1)
+        check_range(self, "num_workers", at_least=0)
+        if self.pack and self.num_buckets > 1:
+            raise InputError(
+                f"pack is on with num_buckets={self.num_buckets}; packed rows are of one width, so give one of the two"
+            )
+
+    @property
+    def share(self) -> pipeline.Share:
+        """What this process reads of every batch."""
+        return pipeline.Share(
+            process_index=jax.process_index(), process_count=jax.process_count(), num_workers=self.num_workers
+        )
+
+
+def demonstration_batches(
+    config: BatchConfig, encoded: batches.Encoded, *, batch_size: int, seed: int
+) -> pipeline.BatchIterator:
+    """Endless batches for SFT; ``batch_size`` counts the rows of all processes, packed ones where they are packed."""
+    how = {"batch_size": batch_size, "seed": seed, "share": config.share}
+    if config.pack:
+        return batches.packed_batches(encoded, **how)
+    return batches.demonstration_batches(encoded, num_buckets=config.num_buckets, **how)
+
+
+def preference_batches(
+    config: BatchConfig, encoded: batches.Encoded, *, batch_size: int, seed: int
+) -> pipeline.BatchIterator:
+    """Endless batches of pairs.
+
+    Raises:
+      InputError: packing was asked for.
+    """
+    if config.pack:
+        raise InputError("pack is on, and preferences are not packed; give num_buckets instead")
+    return batches.preference_batches(
+        encoded, batch_size=batch_size, seed=seed, share=config.share, num_buckets=config.num_buckets
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What one path holds: rows of a kind, divided by group. opened: the prepared set, where it is one."""
+
+    path: pathlib.Path
+    kind: str
+    train: Sequence
+    held_out: Sequence
+    left_out: Sequence[tuple[str, str]]
+    opened: prepared.Prepared | None = None
+
+
+def _split_of(config: DataConfig, convert: Callable[[_Source, Sequence], Sequence]) -> Split:
+    """Every path of the config as the rows that ``convert`` makes of it, mixed where there are several."""
+    paths = [config.path] if pathlib.Path(config.path).exists() else config.path.split(",")
+    weights = _weights(config, len(paths))
+    sources = [_read(pathlib.Path(path), config) for path in paths]
+    train, held_out = (
+        [convert(source, rows) for source, rows in zip(sources, sides, strict=True)]
+        for sides in ([source.train for source in sources], [source.held_out for source in sources])
+    )
+    left_out = [entry for source in sources for entry in source.left_out]
+    if len(sources) == 1:
+        return Split(train=train[0], held_out=held_out[0], left_out=left_out)
+    return Split(
+        train=Mixture(parts=tuple(train), weights=weights),
+        held_out=Mixture(parts=tuple(held_out), weights=weights),
+        left_out=left_out,
+    )
+
+
+def _weights(config: DataConfig, count: int) -> tuple[float, ...]:
+    try:
+        given = tuple(float(text) for text in config.weights.split(",")) if config.weights else (1.0,) * count
+    except ValueError:
+        raise InputError(
+            f"--config.data.weights={config.weights} are not numbers with commas between them"
+        ) from None
+    if len(given) != count:
+        raise InputError(
+            f"--config.data.weights={config.weights} has {len(given)} numbers for the {count} paths of "
+            "--config.data.path; give one for each"
+        )
+    return given
+
+
+def _read(path: pathlib.Path, config: DataConfig) -> _Source:
+    how = {"held_out_fraction": config.held_out_fraction, "seed": config.split_seed}
+    if prepared.is_prepared(path):
+        opened = prepared.open_prepared(path)
+        train, held_out = prepared.split_prepared(opened, **how)
+        manifest = opened.manifest
+        return _Source(
+            path=path,
+            kind=manifest.kind,
+            train=train,
+            held_out=held_out,
+            left_out=manifest.skipped,
+            opened=opened,
+        )
+    read = {
+        "preferences": readers.read_preferences,
+        "demonstrations": readers.read_demonstrations,
+        "prompts": readers.read_prompts,
+    }[config.format]
+    rows, report = read(path, on_bad_row=config.on_bad_row)
+    train, held_out = readers.split_by_group(rows, **how)
+    return _Source(path=path, kind=config.format, train=train, held_out=held_out, left_out=report.skipped)
+
+
+def _as_preferences(source: _Source, rows: Sequence) -> Sequence:
+    if source.kind != "preferences":
+        raise InputError(
+            f"{source.path} holds {source.kind} where preferences are needed; give files of preferences, or prepare "
+            "a set with --kind=preferences"
+        )
+    return rows
+
+
+def _as_demonstrations(source: _Source, rows: Sequence) -> Sequence:
+    if source.kind == "demonstrations":
+        return rows
+    if source.kind == "preferences":
+        return _each(rows, _chosen, "chosen")
+    raise InputError(
+        f"{source.path} holds {source.kind} where demonstrations or preferences are needed; give files of those "
+        "(--config.data.format says which), or prepare a set with --kind=demonstrations"
+    )
+
+
+def _as_prompts(source: _Source, rows: Sequence) -> Sequence:
+    if source.kind not in ("prompts", "demonstrations", "preferences"):
+        raise InputError(
+            f"{source.path} holds {source.kind} where prompts are needed; prepare a set with --kind=prompts"
+        )
+    if source.opened is not None:
+        once = prepared.first_of_each_prompt(source.opened, rows)
+    else:
+        first: dict[str, Any] = {}
+        for row in rows:
+            first.setdefault(row.prompt, row)
+        once = list(first.values())
+    return once if source.kind == "prompts" else _each(once, _prompt, "prompt")
+
+
+def _each(rows: Sequence, function: Callable[[Any], Any], view: str) -> Sequence:
+    """What ``function`` makes of every row; of a prepared set, when the row is read."""
+    if isinstance(rows, Mixture):
+        return rows.map(lambda part: _each(part, function, view))
+    if isinstance(rows, PreparedRows):
+        return rows.convert(function, view)
+    return [function(row) for row in rows]
 
 
 def _chosen(row: Preference) -> Demonstration:
-    return Demonstration(prompt=row.prompt, response=row.chosen, source=row.source)
+    return Demonstration(
+        prompt=row.prompt, response=row.chosen, source=row.source, group=row.group, messages=row.messages
+    )
 
 
-def _prompts(rows: Sequence[Demonstration]) -> list[Prompt]:
-    first = {}
-    for row in rows:
-        first.setdefault(row.prompt, Prompt(prompt=row.prompt, source=row.source))
-    return list(first.values())
+def _prompt(row: Demonstration | Preference) -> Prompt:
+    return Prompt(prompt=row.prompt, source=row.source, group=row.group, messages=row.messages)

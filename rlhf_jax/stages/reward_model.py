@@ -168,7 +168,11 @@ def run(
         params = ensembles.init_ensemble(model.config, decoder, key, size=config.members)
     else:
         params = {"decoder": decoder, "head": heads.init_scalar_head(model.config, key)}
-    loss = {name: getattr(config, name) for name in ("margin", "label_smoothing", "centering")}
+    loss = {
+        "margin": config.margin,
+        "label_smoothing": config.label_smoothing,
+        "centering": config.centering,
+    }
     of = {"batch_size": config.batch_size, "run": run_, "is_ensemble": is_ensemble}
     score_held_out = make_pair_scorer(model.config, held_out, **of)
 

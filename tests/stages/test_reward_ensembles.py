@@ -129,6 +129,7 @@ def test_the_aggregation_asked_for_is_what_scores(members, ensemble):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_ppo_grpo_and_the_evaluation_take_an_ensemble(ensemble, ladder, tmp_path):
     where = {"init_from": ladder.sft, "reward_from": ensemble}
     proxies = {}
@@ -154,6 +155,7 @@ def test_ppo_grpo_and_the_evaluation_take_an_ensemble(ensemble, ladder, tmp_path
     assert summary["best_of_n"]["proxy"] > summary["sft"]["proxy"]
 
 
+@pytest.mark.slow
 def test_pmap_and_micro_batches_give_the_update_of_jit(ladder, tmp_path):
     found = {}
     for parallelism, parts in (("jit", 1), ("pmap", 1), ("jit", 2)):

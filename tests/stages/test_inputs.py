@@ -1,0 +1,205 @@
+"""Rows of a stage from files, prepared sets and several of them, and what a stage does with votes and batches."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax.data import batches, prepared
+from rlhf_jax.data.mixtures import Mixture
+from rlhf_jax.data.prepared import PreparedRows
+from rlhf_jax.data.rows import Demonstration, Prompt
+from rlhf_jax.data.world import WorldConfig, world_tokenizer
+from rlhf_jax.errors import InputError
+from rlhf_jax.stages import inputs
+from rlhf_jax.stages.inputs import BatchConfig, DataConfig
+
+WORDS = ["bold", "warm", "clever", "fresh", "great", "dull", "weak", "flat", "stale", "cheap"]
+
+
+def pair(i, prefix=""):
+    return {
+        "prompt": f"{prefix}{WORDS[i % 10]} {WORDS[i % 7]}",
+        "chosen": f"{WORDS[i % 9]} warm",
+        "rejected": f"{WORDS[i % 9]} dull" + " weak" * (i % 4),
+        "votes_chosen": 4,
+        "votes_rejected": i % 3,
+        "votes_equal": 1,
+        "group": f"g{i % 13}",
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """pairs.jsonl and questions.jsonl, and prepared sets of both and of the pairs as rankings."""
+    folder = tmp_path_factory.mktemp("inputs")
+    questions = [{"question": f"{WORDS[i]} ?", "answer": f"#### {i}"} for i in range(10)]
+    ranked = [{"prompt": f"{i}", "responses": ["a", "b"], "ranks": [1, 2]} for i in range(4)]
+    for name, rows in (("pairs", [pair(i) for i in range(80)]), ("questions", questions), ("ranked", ranked)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, kind in (("pairs", "preferences"), ("questions", "prompts"), ("ranked", "rankings")):
+        prepared.prepare(folder / f"{name}.jsonl", kind, folder / name)
+    return folder
+
+
+LOADERS = {
+    "preferences": inputs.load_preferences,
+    "demonstrations": inputs.load_demonstrations,
+    "prompts": inputs.load_prompts,
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_prepared_set_gives_the_rows_of_its_file(folder, kind):
+    of_file = LOADERS[kind](DataConfig(path=str(folder / "pairs.jsonl")))
+    of_set = LOADERS[kind](DataConfig(path=str(folder / "pairs")))
+    assert isinstance(of_set.train, PreparedRows)
+    for side in ("train", "held_out"):
+        # Which groups are held out is decided by their names in a file, by digests of these in a set.
+        assert {row.group for row in getattr(of_set, side)} <= {f"g{i}" for i in range(13)}
+    both = [
+        sorted([*split.train, *split.held_out], key=lambda row: int(row.source[12:]))
+        for split in (of_file, of_set)
+    ]
+    if kind == "prompts":  # once on either side of a split, so that which row stands for a prompt differs
+        both = [{row.prompt for row in rows} for rows in both]
+    assert both[0] == both[1]
+    assert not {row.group for row in of_set.train} & {row.group for row in of_set.held_out}
+
+
+def test_sft_learns_what_was_chosen_and_prompts_come_once(folder):
+    data = DataConfig(path=str(folder / "pairs"))
+    rows = list(inputs.load_demonstrations(data).train)
+    assert all(type(row) is Demonstration and row.response.endswith(" warm") for row in rows)
+    once = list(inputs.load_prompts(data).train)
+    assert all(type(row) is Prompt for row in once)
+    assert [row.prompt for row in once] == list(dict.fromkeys(row.prompt for row in rows))
+
+
+@pytest.mark.parametrize("path", ["questions", "questions.jsonl"])
+def test_prompts_keep_their_answers(folder, path):
+    split = inputs.load_prompts(DataConfig(path=str(folder / path), format="prompts"))
+    assert {(row.prompt, row.answer) for row in [*split.train, *split.held_out]} == {
+        (f"{WORDS[i]} ?", str(i)) for i in range(10)
+    }
+
+
+def test_sources_are_mixed_on_disk_and_in_memory(folder):
+    data = DataConfig(path=f"{folder / 'pairs'},{folder / 'pairs.jsonl'}", weights="3,1")
+    split = inputs.load_demonstrations(data)
+    assert isinstance(split.train, Mixture) and split.train.weights == (3.0, 1.0)
+    assert len(split.train) + len(split.held_out) == 160
+    encoded, report = batches.encode_demonstrations(
+        split.train, world_tokenizer(), prompt_length=16, response_length=16
+    )
+    assert report.kept == len(encoded) == len(split.train)
+    assert [source.weight for source in encoded.sources] == [3.0, 1.0]
+    iterator = inputs.demonstration_batches(BatchConfig(), encoded, batch_size=8, seed=0)
+    assert next(iterator).tokens.shape == (8, 32)
+
+
+BAD = [
+    (
+        {"path": "{0}/ranked"},
+        "preferences",
+        "ranked holds rankings where preferences are needed; .* --kind=preferences",
+    ),
+    (
+        {"path": "{0}/ranked"},
+        "demonstrations",
+        "holds rankings where demonstrations or preferences are needed",
+    ),
+    (
+        {"path": "{0}/ranked"},
+        "prompts",
+        "holds rankings where prompts are needed; prepare a set with --kind=prompts",
+    ),
+    ({"path": "{0}/questions"}, "preferences", "holds prompts where preferences are needed"),
+    (
+        {"path": "{0}/pairs.jsonl", "format": "prompts"},
+        "demonstrations",
+        "holds prompts where demonstrations or",
+    ),
+    ({"path": "{0}/pairs,{0}/absent.jsonl"}, "preferences", "absent.jsonl does not exist: check the path"),
+    ({"path": "{0}/pairs", "weights": "1,2"}, "preferences", "weights=1,2 has 2 numbers for the 1 paths"),
+    (
+        {"path": "{0}/pairs,{0}/pairs", "weights": "1,x"},
+        "preferences",
+        "weights=1,x are not numbers with commas",
+    ),
+    (
+        {"path": "{0}/pairs,{0}/pairs", "weights": "1,0"},
+        "preferences",
+        "a source has the weight 0.0: give a positive",
+    ),
+    ({"path": "{0}/pairs", "held_out_fraction": 0.0}, "preferences", "and 0 held out for evaluation"),
+]
+
+
+@pytest.mark.parametrize(("given", "kind", "message"), BAD)
+def test_what_cannot_be_loaded(folder, given, kind, message):
+    given = {**given, "path": given["path"].format(folder)}
+    with pytest.raises(InputError, match=message):
+        LOADERS[kind](DataConfig(**given))
+
+
+@pytest.mark.parametrize("path", ["pairs", "pairs.jsonl"])
+def test_votes_become_the_targets_of_batches(folder, path):
+    data = DataConfig(path=str(folder / path), soft_labels=True, vote_prior=0.5)
+    split = inputs.load_preferences(data)
+    encoded, _ = batches.encode_preferences(
+        split.held_out, world_tokenizer(), prompt_length=16, response_length=16
+    )
+    [(batch, _)] = batches.eval_batches(encoded, len(encoded))
+    lost = np.array([int(row.source.rpartition(":")[2]) - 1 for row in split.held_out]) % 3
+    assert batch.probability.dtype == np.float32 and len(set(lost)) == 3
+    np.testing.assert_allclose(batch.probability, (4 + 0.5 + 0.5) / (4 + lost + 1 + 1), rtol=1e-6)
+    hard = inputs.load_preferences(DataConfig(path=str(folder / path)))
+    encoded, _ = batches.encode_preferences(
+        hard.held_out, world_tokenizer(), prompt_length=16, response_length=16
+    )
+    assert next(batches.eval_batches(encoded, 4))[0].probability is None
+
+
+def test_the_worlds_own_probabilities_are_soft_labels_too():
+    world = WorldConfig(num_demonstrations=4, num_preferences=6, num_prompts=4)
+    split = inputs.load_preferences(DataConfig(world=world, soft_labels=True))
+    assert [row.target for row in split.train] == [row.probability for row in split.train]
+    assert len(set(row.target for row in split.train)) > 3
+
+
+def test_batches_as_the_config_says(folder):
+    split = inputs.load_preferences(DataConfig(path=str(folder / "pairs")))
+    tokenizer = world_tokenizer()
+    pairs, _ = batches.encode_preferences(split.train, tokenizer, prompt_length=16, response_length=16)
+    texts, _ = batches.encode_demonstrations(
+        inputs.load_demonstrations(DataConfig(path=str(folder / "pairs"))).train,
+        tokenizer,
+        prompt_length=16,
+        response_length=16,
+    )
+    how = {"batch_size": 8, "seed": 3}
+    packed = next(inputs.demonstration_batches(BatchConfig(pack=True), texts, **how))
+    assert packed.segment_ids.max() > 2
+    narrow = next(inputs.demonstration_batches(BatchConfig(num_buckets=2), texts, **how))
+    assert narrow.segment_ids is None and narrow.tokens.shape[1] < 32
+    assert (
+        next(inputs.preference_batches(BatchConfig(num_buckets=2), pairs, **how)).chosen.tokens.shape[1] < 32
+    )
+    plain = inputs.preference_batches(BatchConfig(), pairs, **how)
+    for one, other in zip(
+        jax.tree.leaves(next(plain)),
+        jax.tree.leaves(next(batches.preference_batches(pairs, **how))),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(InputError, match="preferences are not packed; give num_buckets instead"):
+        inputs.preference_batches(BatchConfig(pack=True), pairs, **how)
+    for bad, message in (
+        ({"pack": True, "num_buckets": 2}, "pack is on with num_buckets=2"),
+        ({"num_buckets": 0}, "num_buckets is 0"),
+        ({"num_workers": -1}, "num_workers is -1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            BatchConfig(**bad)
