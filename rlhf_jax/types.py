@@ -61,6 +61,19 @@ class UnpairedBatch:
 
 
 @_pytree
+class StepsBatch:
+    """Solutions whose steps are judged. A step is known by the response column of the token that ends it.
+
+    step_labels: [B, R] float32, P(the step that ends here is right), 0 off-mask. step_mask: [B, R] bool, True where a
+    judged step ends.
+    """
+
+    responses: DemonstrationBatch
+    step_labels: jax.Array
+    step_mask: jax.Array
+
+
+@_pytree
 class Rollout:
     """What a policy said, and how likely it found it.
 
@@ -80,10 +93,16 @@ class Rollout:
 
 @_pytree
 class ScoredRollout:
-    """A rollout with one reward a row: ``scores`` [B] float32."""
+    """A rollout with one reward a row: ``scores`` [B] float32.
+
+    step_scores, step_mask: [B, R] float32 and bool, the reward of each step at the token that ends it, where a method
+    gives credit by steps.
+    """
 
     rollout: Rollout
     scores: jax.Array
+    step_scores: jax.Array | None = None
+    step_mask: jax.Array | None = None
 
 
 @_pytree
