@@ -13,7 +13,7 @@ from rlhf_jax.losses import token_log_probs
 from rlhf_jax.models import decoder
 from rlhf_jax.models.cache import decode_step
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.huggingface import load_pretrained
+from rlhf_jax.models.huggingface import from_pretrained
 from rlhf_jax.sampling.generate import SamplingConfig, generate
 from rlhf_jax.sampling.logits import behaviour_log_probs
 
@@ -251,7 +251,7 @@ def test_bfloat16_log_probs_stay_near_teacher_forcing(params):
 def test_the_real_checkpoint_tells_its_story(shared_data):
     transformers = pytest.importorskip("transformers")
     folder = shared_data / "models" / "stories260K"
-    config, params = load_pretrained(folder)
+    config, params = from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     sampling = SamplingConfig(max_new_tokens=200, greedy=True)
     run = jax.jit(functools.partial(generate, config, sampling=sampling, eos_id=2, pad_id=2))
