@@ -26,11 +26,12 @@ three-seeds: setup
 	for seed in 0 1 2; do $(BIN)/python -m experiments.quickstart --workdir=runs/seed$$seed --config.seed=$$seed --config.data.world.seed=$$seed || exit 1; done
 	$(BIN)/python -m experiments.check_seeds runs/seed0 runs/seed1 runs/seed2
 
+# Two workers, a file to each in turn: a test is mostly compilation, which keeps one core busy.
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .
