@@ -1,9 +1,9 @@
 """The ladder on the embedded world: film reviews, a labeller who likes length, a gold reward that does not.
 
 Command: make quickstart (python -m experiments.quickstart --workdir=runs/quickstart)
-Time: 317 to 370 s on two cores that other work shared, 1.6 GB.
-Expect, at seed 0: reward model 0.793 of at most 0.804; gold of SFT 0.55, PPO 2.9 at 3.2 nats, DPO 1.8, best of 16
-3.0; without the leash gold goes from 0.6 over 1.1 to 0.0 while the proxy goes from -1.0 to 2.8.
+Time: 250 s on two quiet cores, 1.8 GB.
+Expect, at seed 0: reward model 0.791 of at most 0.804; gold of SFT 1.05, PPO 4.1 at 3.9 nats, DPO 3.2, best of 16 3.7;
+without the leash gold goes from 1.3 over 4.0 to 2.0 while the proxy goes from -0.6 over 2.4 to 3.4.
 """
 
 import ml_collections

@@ -56,6 +56,11 @@ class Config:
 
     def __post_init__(self) -> None:
         check_range(self, "batch_size", "num_microbatches", at_least=1)
+        if self.data.soft_labels:
+            raise InputError(
+                "data.soft_labels is True, which the losses of this stage do not read; leave it False, or use --config."
+                "loss.label_smoothing"
+            )
         if self.loss.kind == "kto" and self.batch_size < 2:
             raise InputError(
                 "batch_size is 1: loss.kind=kto compares with responses to other prompts; give 2 or more"

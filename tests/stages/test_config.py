@@ -82,6 +82,11 @@ def test_an_error_names_the_field(values, message):
         (sft.Config, {"data": {"world": {"noise": 0.6}}}, "config.data.world: world noise is 0.6"),
         (reward_model.Config, {"label_smoothing": 0.5}, "at least 0 and below 0.5"),
         (reward_model.Config, {"batch_size": 0}, "batch_size is 0"),
+        (
+            dpo.Config,
+            {"data": {"soft_labels": True}},
+            "data.soft_labels is True, which the losses of this stage do not",
+        ),
         (dpo.Config, {"loss": {"beta": 0.0}}, "config.loss: beta is 0.0; it must be above 0"),
         (ppo.Config, {"num_minibatches": 0}, "num_minibatches is 0"),
         (ppo.Config, {"num_epochs": 0}, "num_epochs is 0"),
