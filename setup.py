@@ -27,6 +27,8 @@ setup(
         "tensorboardX",
         "tqdm",
         "matplotlib",
+        "jinja2",  # chat templates; transformers asks for it only where torch does
+        "pyarrow",  # Parquet files
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
