@@ -41,6 +41,11 @@ def main(stop):
         "pad_id": tokenizers.pad_id(tokenizer),
         "dtype": DTYPE.value,
     }
+    if "ensemble_offsets" in model.facts:
+        raise InputError(
+            f"--run={RUN.value} is an ensemble of reward models, for which there is no Hugging Face layout; give a run "
+            "of experiments.reward_model with config.members=1"
+        )
     if "head" in model.params:
         offset = float(model.facts.get("reward_offset", 0.0))
         huggingface.save_pretrained_scalar(target, model.config, model.params, offset=offset, **ids)

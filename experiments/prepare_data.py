@@ -3,8 +3,12 @@
     python -m experiments.prepare_data --source=pairs.jsonl.gz --kind=preferences --output=data/pairs
     python -m experiments.prepare_data --source=shards/ --kind=demonstrations --output=data/sft --on_bad_row=skip
     python -m experiments.prepare_data --source=tfds:imdb_reviews --kind=unpaired --output=data/imdb
+    python -m experiments.prepare_data --source=big/ --kind=demonstrations --output=data/big \\
+        --tokenizer=<Hugging Face directory> --prompt_length=256 --response_length=768 --truncation=drop
 
-A stage then reads it with --config.data.path=data/pairs, and python -m experiments.inspect_data shows what is in it.
+With --tokenizer it also finds out which rows fit, which a stage with the same tokenizer, lengths and truncation would
+otherwise do when it starts; only large sets need that. A stage reads the set with --config.data.path=data/pairs, and
+python -m experiments.inspect_data shows what is in it.
 """
 
 import collections
@@ -14,7 +18,9 @@ import tqdm
 from absl import flags
 
 from experiments import launch
-from rlhf_jax.data import builders, prepared
+from rlhf_jax.data import batches, builders, prepared
+from rlhf_jax.data import tokenizer as tokenizers
+from rlhf_jax.errors import InputError
 from rlhf_jax.training.interrupt import Interrupted
 
 SOURCE = flags.DEFINE_string(
@@ -37,11 +43,34 @@ ON_BAD_ROW = flags.DEFINE_enum(
 TFDS_DIR = flags.DEFINE_string(
     "tfds_dir", None, "Where TensorFlow Datasets keeps its data sets; its own default unless given."
 )
+TOKENIZER = flags.DEFINE_string(
+    "tokenizer",
+    "",
+    "A Hugging Face directory (or the tokenizer/ of a hand-off): demonstrations, preferences or prompts are tokenised "
+    "once with it, and what fits is remembered.",
+)
+PROMPT_LENGTH = flags.DEFINE_integer("prompt_length", 16, "As --config.data.prompt_length, with --tokenizer.")
+RESPONSE_LENGTH = flags.DEFINE_integer(
+    "response_length", 48, "As --config.data.response_length, with --tokenizer."
+)
+TRUNCATION = flags.DEFINE_enum(
+    "truncation", "error", batches.TRUNCATIONS, "As --config.data.truncation, with --tokenizer."
+)
 # How many of the rows left out are shown; all are listed in prepared.json.
 SHOWN = 10
+ENCODERS = {
+    "demonstrations": batches.encode_demonstrations,
+    "preferences": batches.encode_preferences,
+    "prompts": batches.encode_prompts,
+}
 
 
 def main(stop):
+    if TOKENIZER.value and KIND.value not in ENCODERS:
+        raise InputError(
+            f"--tokenizer is of no use for --kind={KIND.value}: give one of {', '.join(ENCODERS)}."
+        )
+    tokenizer = tokenizers.load_tokenizer(TOKENIZER.value) if TOKENIZER.value else None
     with tqdm.tqdm(total=100, unit="%", desc="prepare", disable=not sys.stderr.isatty()) as bar:
 
         def progress(rows: int, share: float) -> None:
@@ -61,6 +90,20 @@ def main(stop):
             progress=progress,
         )
     print(summary(manifest))
+    if tokenizer is not None:
+        print(scan(tokenizer))
+    print(OUTPUT.value)
+
+
+def scan(tokenizer) -> str:
+    """Which rows fit, remembered in the set and said in a line."""
+    widths = {"prompt_length": PROMPT_LENGTH.value, "truncation": TRUNCATION.value}
+    if KIND.value != "prompts":
+        widths["response_length"] = RESPONSE_LENGTH.value
+    rows = prepared.open_prepared(OUTPUT.value).rows
+    _, report = ENCODERS[KIND.value](rows, tokenizer, **widths)
+    cut, left_out = len(report.truncated), len(report.dropped)
+    return f"{report.kept:,} rows fit or were cut to fit ({cut:,} were cut); {left_out:,} do not"
 
 
 def summary(manifest: prepared.Manifest) -> str:
@@ -77,7 +120,7 @@ def summary(manifest: prepared.Manifest) -> str:
     lines += [f"          {source} {reason}" for source, reason in manifest.skipped[:SHOWN]]
     if len(manifest.skipped) > SHOWN:
         lines.append(f"          the rest is listed in {OUTPUT.value}/{prepared.MANIFEST}")
-    return "\n".join([*lines, OUTPUT.value])
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -61,12 +61,26 @@ class UnpairedBatch:
 
 
 @_pytree
+class StepsBatch:
+    """Solutions whose steps are judged. A step is known by the response column of the token that ends it.
+
+    step_labels: [B, R] float32, P(the step that ends here is right), 0 off-mask. step_mask: [B, R] bool, True where a
+    judged step ends.
+    """
+
+    responses: DemonstrationBatch
+    step_labels: jax.Array
+    step_mask: jax.Array
+
+
+@_pytree
 class Rollout:
     """What a policy said, and how likely it found it.
 
     tokens: [B, P+R] int32. token_mask: [B, P+R] bool. response_mask: [B, R] bool, EOS included.
     log_probs: [B, R] float32 nats under the *behaviour* distribution (temperature and truncation applied), 0 off-mask.
-    policy_log_probs: the same under the whole distribution (temperature applied, nothing left out).
+    policy_log_probs: the same under the whole distribution (temperature applied, nothing left out); None in rollouts made
+    by other means than sampling.
     terminated: [B] bool: ended by EOS or a stop string; False where the response was cut by length.
     policy_step: [] int32, the optimiser step of the parameters that sampled.
     """
@@ -75,17 +89,23 @@ class Rollout:
     token_mask: jax.Array
     response_mask: jax.Array
     log_probs: jax.Array
-    policy_log_probs: jax.Array
     terminated: jax.Array
     policy_step: jax.Array
+    policy_log_probs: jax.Array | None = None
 
 
 @_pytree
 class ScoredRollout:
-    """A rollout with one reward a row: ``scores`` [B] float32."""
+    """A rollout with one reward a row: ``scores`` [B] float32.
+
+    step_scores, step_mask: [B, R] float32 and bool, the reward of each step at the token that ends it, where a method
+    gives credit by steps.
+    """
 
     rollout: Rollout
     scores: jax.Array
+    step_scores: jax.Array | None = None
+    step_mask: jax.Array | None = None
 
 
 @_pytree

@@ -18,11 +18,20 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_jax.data.rows import Demonstration, Prompt
+from rlhf_jax.data.rows import Demonstration, ProcessSteps, Prompt
 from rlhf_jax.errors import check_range
 
 # Independent streams of randomness; a number here must never change its meaning.
-_STREAMS = {"demonstrations/train": 0, "prompts/train": 1, "prompts/eval": 2}
+_STREAMS = {
+    "demonstrations/train": 0,
+    "prompts/train": 1,
+    "prompts/eval": 2,
+    "demonstrations/eval": 3,
+    "spoiling/train": 4,
+    "spoiling/eval": 5,
+}
+# What stands between the steps of a worked answer.
+STEP_MARK = ";"
 _SUM = re.compile(r"(\d+)\+(\d+)=")
 _STEP = re.compile(r"(\d)\+(\d)\+(\d)=(\d{1,2})")
 _CHARACTERS = "0123456789+=;# "
@@ -32,14 +41,16 @@ _CHARACTERS = "0123456789+=;# "
 class ArithmeticConfig:
     """Which sums, and how many.
 
-    seed: of every row. num_digits: of both operands. slip_rate: probability that one digit sum of a demonstration
-    is off by one. num_demonstrations, num_prompts, num_eval_prompts: rows of each kind; sums held out for evaluation
-    are never trained on.
+    seed: of every row. num_digits: of both operands. slip_rate: probability that one digit sum of a demonstration is
+    off by one. spoiled_rate: share of the answers with labelled steps that are spoiled by more than slips: a step left
+    out or said twice, or a digit changed. num_demonstrations, num_prompts, num_eval_prompts: rows of each kind; sums
+    held out for evaluation are never trained on.
     """
 
     seed: int = 0
     num_digits: int = 3
     slip_rate: float = 0.3
+    spoiled_rate: float = 0.5
     num_demonstrations: int = 16384
     num_prompts: int = 8192
     num_eval_prompts: int = 256
@@ -47,7 +58,7 @@ class ArithmeticConfig:
     def __post_init__(self) -> None:
         check_range(self, "seed", "num_demonstrations", "num_prompts", "num_eval_prompts", at_least=0)
         check_range(self, "num_digits", at_least=1, at_most=9)
-        check_range(self, "slip_rate", at_least=0, at_most=1)
+        check_range(self, "slip_rate", "spoiled_rate", at_least=0, at_most=1)
 
 
 def work_out(first: int, second: int, slips: Sequence[int] = ()) -> str:
@@ -62,7 +73,7 @@ def work_out(first: int, second: int, slips: Sequence[int] = ()) -> str:
         written.append(f"{a}+{b}+{carry}={total}")
         carry, digits = total // 10, f"{total % 10}{digits}"
     answer = (str(carry) if carry else "") + digits
-    return ";".join([*written, f"#### {answer.lstrip('0') or '0'}"])
+    return STEP_MARK.join([*written, f"#### {answer.lstrip('0') or '0'}"])
 
 
 def step_labels(prompt: str, response: str) -> list[bool]:
@@ -73,7 +84,7 @@ def step_labels(prompt: str, response: str) -> list[bool]:
     step at all, or one too many, is wrong.
     """
     asked = _SUM.fullmatch(prompt.strip())
-    steps = response.strip().split(";")
+    steps = response.strip().split(STEP_MARK)
     if asked is None:
         return [False] * len(steps)
     width = max(map(len, asked.groups()))
@@ -98,20 +109,59 @@ def step_labels(prompt: str, response: str) -> list[bool]:
 
 def demonstrations(config: ArithmeticConfig) -> list[Demonstration]:
     """``num_demonstrations`` worked answers, with the demonstrator's slips."""
+    return [_demonstration(config, "train", index) for index in range(config.num_demonstrations)]
+
+
+def process_steps(config: ArithmeticConfig, split: str) -> list[ProcessSteps]:
+    """Worked answers with the label of every step (`step_labels`).
+
+    ``split`` "train" has those of `demonstrations`; "eval" has ``num_eval_prompts`` answers to sums that are held out.
+    ``spoiled_rate`` of both are spoiled first: the demonstrator always writes every step, and a last one that follows
+    from them, so that a judge who has seen nothing else takes any "#### 7" for right.
+    """
     rows = []
-    for index in range(config.num_demonstrations):
-        rng = _rng(config, "demonstrations/train", index)
-        first, second = _operands(rng, config.num_digits, held_out=False)
-        slipped = rng.random(config.num_digits) < config.slip_rate
-        slips = np.where(slipped, rng.choice([-1, 1], config.num_digits), 0)
+    for index in range(config.num_demonstrations if split == "train" else config.num_eval_prompts):
+        row = _demonstration(config, split, index)
+        response, rng = row.response, _rng(config, f"spoiling/{split}", index)
+        if rng.random() < config.spoiled_rate:
+            response = _spoil(rng, response)
+        labels = step_labels(row.prompt, response)
         rows.append(
-            Demonstration(
-                prompt=f"{first}+{second}=",
-                response=work_out(first, second, slips.tolist()),
-                source=f"arithmetic:demonstrations/{index}",
+            ProcessSteps(
+                prompt=row.prompt,
+                steps=tuple(response.split(STEP_MARK)),
+                labels=tuple(map(float, labels)),
+                source=row.source,
             )
         )
     return rows
+
+
+def _spoil(rng: np.random.Generator, response: str) -> str:
+    """The response with one step left out, one said twice, or one digit replaced by any, each one time in three."""
+    steps = response.split(STEP_MARK)
+    place, kind = int(rng.integers(len(steps))), rng.integers(3)
+    if kind == 0 and len(steps) > 1:
+        del steps[place]
+    elif kind == 1:
+        steps.insert(place, steps[place])
+    else:
+        digits = [i for i, character in enumerate(steps[place]) if character.isdigit()]
+        at = int(rng.choice(digits))
+        steps[place] = f"{steps[place][:at]}{rng.integers(10)}{steps[place][at + 1 :]}"
+    return STEP_MARK.join(steps)
+
+
+def _demonstration(config: ArithmeticConfig, split: str, index: int) -> Demonstration:
+    rng = _rng(config, f"demonstrations/{split}", index)
+    first, second = _operands(rng, config.num_digits, held_out=split == "eval")
+    slipped = rng.random(config.num_digits) < config.slip_rate
+    slips = np.where(slipped, rng.choice([-1, 1], config.num_digits), 0)
+    return Demonstration(
+        prompt=f"{first}+{second}=",
+        response=work_out(first, second, slips.tolist()),
+        source=f"arithmetic:demonstrations/{index}" + ("/eval" if split == "eval" else ""),
+    )
 
 
 def prompts(config: ArithmeticConfig, split: str) -> list[Prompt]:

@@ -31,8 +31,9 @@ from rlhf_jax.data.encoding import (
     encode_prompts,
     lengths_of,
 )
+from rlhf_jax.data.steps import EncodedSteps, encode_process_steps
 from rlhf_jax.errors import InputError
-from rlhf_jax.types import DemonstrationBatch, PreferenceBatch
+from rlhf_jax.types import DemonstrationBatch, PreferenceBatch, StepsBatch
 
 __all__ = [
     "TRUNCATIONS",
@@ -40,12 +41,15 @@ __all__ = [
     "EncodedDemonstration",
     "EncodedPreference",
     "EncodedPrompt",
+    "EncodedSteps",
     "EncodeReport",
     "encode_demonstrations",
     "encode_preferences",
+    "encode_process_steps",
     "encode_prompts",
     "demonstration_batches",
     "preference_batches",
+    "steps_batches",
     "prompt_batches",
     "packed_batches",
     "eval_batches",
@@ -93,6 +97,12 @@ def _lay_out_row(encoded: Encoded, index: int, row: Any) -> Any:
             rejected=_lay_out(encoded, row.rejected_prompt_ids, row.rejected_ids),
             probability=None if row.row.target is None else np.float32(row.row.target),
         )
+    if isinstance(row, EncodedSteps):
+        labels, judged = (np.zeros(encoded.response_length, kind) for kind in (np.float32, bool))
+        for column, label in row.judged:
+            labels[column], judged[column] = label, True
+        responses = _lay_out(encoded, row.prompt_ids, row.response_ids)
+        return StepsBatch(responses=responses, step_labels=labels, step_mask=judged)
     tokens, mask = pad_left(row.prompt_ids, encoded.prompt_length, encoded.pad_id)
     return {"tokens": tokens, "token_mask": mask, "index": np.int32(index)}
 
@@ -134,6 +144,13 @@ def preference_batches(
 ) -> pipeline.BatchIterator:
     """Endless batches of pairs; see `demonstration_batches`."""
     return _batches(encoded, batch_size=batch_size, seed=seed, share=share, num_buckets=num_buckets)
+
+
+def steps_batches(
+    encoded: Encoded[EncodedSteps], *, batch_size: int, seed: int, share: pipeline.Share = _WHOLE
+) -> pipeline.BatchIterator:
+    """Endless batches of solutions with judged steps; see `demonstration_batches`."""
+    return _batches(encoded, batch_size=batch_size, seed=seed, share=share)
 
 
 def prompt_batches(

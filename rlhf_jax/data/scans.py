@@ -21,6 +21,7 @@ from absl import logging
 from rlhf_jax.data.prepared import PreparedRows
 
 _CHUNK = 1024
+# To be raised whenever other rows fit, or fit otherwise, than before: scans of an older number are made again.
 _FORMAT = 1
 
 

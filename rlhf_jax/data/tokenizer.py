@@ -86,6 +86,22 @@ def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return eos_id(tokenizer) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
+def tokens_with(tokenizer: PreTrainedTokenizerFast, text: str) -> np.ndarray:
+    """Which ids decode to something that has ``text`` in it, [V] bool.
+
+    Raises:
+      InputError: none has, so that no token tells where ``text`` stands.
+    """
+    ids = range(max(tokenizer.get_vocab().values()) + 1)
+    found = np.array([bool(text) and text in _text(tokenizer, [i]) for i in ids])
+    if not found.any():
+        raise InputError(
+            f"the tokenizer has no token with {text!r} in it, so that none marks the end of a step: give another "
+            "--config.step_mark"
+        )
+    return found
+
+
 def join(prompt: str, response: str) -> str:
     """The text that is tokenised: one blank between the two, unless there is white space already."""
     return prompt + _separator(prompt, response) + response

@@ -90,6 +90,43 @@ def token_rewards(
     return jnp.where(response, placed, 0.0)
 
 
+def group_step_advantages(
+    step_scores: jax.typing.ArrayLike,
+    step_mask: jax.typing.ArrayLike,
+    response_mask: jax.typing.ArrayLike,
+    *,
+    group_size: int,
+    scale: bool = True,
+    epsilon: float = 1e-4,
+) -> jax.Array:
+    """Credit by steps without a critic: how much better than its group's steps are those still to end, [B, R] float32.
+
+    Step scores are centred on the mean over all steps of the group, and divided by their standard deviation (over the
+    number of steps) + epsilon; a token's advantage is the sum over the steps that end at it or later: Shao et al.
+    (2024), section 4.1.3. 0 off ``response_mask``, and after the last step. Nothing is differentiable.
+
+    Args:
+      step_scores: [B, R] float, at the column of the token that ends a step. Rows are groups one after another.
+      step_mask: [B, R] bool, where steps end.
+      response_mask: [B, R] bool.
+      group_size: responses a prompt.
+      scale: whether to divide.
+      epsilon: keeps the quotient finite where all scores of a group are equal.
+    """
+    scores, mask = _checked(step_scores, step_mask)
+    response = checks.boolean("response_mask", response_mask, ("step_scores", scores))
+    groups, here = (x.reshape(-1, group_size * scores.shape[1]) for x in (scores, mask))
+    steps = jnp.maximum(jnp.sum(here, axis=1, keepdims=True), 1)
+    centred = jnp.where(
+        here, groups - jnp.sum(jnp.where(here, groups, 0.0), axis=1, keepdims=True) / steps, 0.0
+    )
+    if scale:
+        centred /= jnp.sqrt(jnp.sum(centred**2, axis=1, keepdims=True) / steps) + epsilon
+    centred = centred.reshape(scores.shape)
+    to_come = jnp.cumsum(centred[:, ::-1], axis=1)[:, ::-1]
+    return jax.lax.stop_gradient(jnp.where(response, to_come, 0.0))
+
+
 def find_step_ends(ends_step: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Where steps end, from one flag a token: [B, R] bool -> (``step_ends`` [B, R] int32, ``step_mask`` [B, R] bool).
 

@@ -90,7 +90,7 @@ def run(
     judge = policies.Judge(
         model=reference.config,
         reference={"decoder": reference.params["decoder"]},
-        reward=rollouts.model_reward(reward),
+        reward=rollouts.model_reward(reward, rollouts.Scoring()),
         gold=rollouts.gold_reward(config.data, reference.tokenizer),
         tokenizer=reference.tokenizer,
     )

@@ -21,9 +21,9 @@ from rlhf_jax.masking import WeightedSum
 from rlhf_jax.metrics import mean_of
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.rewards import reward_model
+from rlhf_jax.rewards import process, reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import inputs, online
+from rlhf_jax.stages import inputs, online, rollouts
 from rlhf_jax.training.forward import response_log_probs
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -36,8 +36,10 @@ class Config:
     """One run; ``schedule`` counts iterations (one batch of rollouts each).
 
     batch_size: rollouts an iteration, ``group_size`` to a prompt. num_epochs, num_minibatches: passes over them, and
-    updates a pass. num_microbatches: parts of one update, for memory. reward: what is optimised, a reward model
-    (``--reward_from``) or "answer", 1 where the response's final number is the prompt's answer and 0 elsewhere.
+    updates a pass. num_microbatches: parts of one update, for memory. reward: what is optimised: "model", a reward
+    model, or "process", one of steps (``--reward_from``), or "answer", 1 where the response's final number is the
+    prompt's answer and 0 elsewhere. scoring: how the scores of an ensemble, or of steps, become one. credit: who gets
+    it: the whole "response", or each "step" of a process reward model, and what was written before its end.
     baseline: what a reward is held against: the mean of its group, of the others of its group, or of the batch.
     scale_advantages: whether they are divided by the standard deviation (of the group, or of the batch).
     ratio: one importance ratio a token, or one a sequence. clip_low, clip_high: it stays in [1 - low, 1 + high].
@@ -64,7 +66,9 @@ class Config:
     num_epochs: int = 1
     num_minibatches: int = 1
     num_microbatches: int = 1
-    reward: Literal["model", "answer"] = "model"
+    reward: rollouts.RewardKind = "model"
+    scoring: rollouts.Scoring = dataclasses.field(default_factory=rollouts.Scoring)
+    credit: Literal["response", "step"] = "response"
     baseline: Literal["group", "leave_one_out", "batch"] = "group"
     scale_advantages: bool = True
     ratio: Literal["token", "sequence"] = "token"
@@ -96,6 +100,17 @@ class Config:
             raise InputError(
                 "config.scale_advantages is True, which baseline=leave_one_out does not do; give False"
             )
+        if self.credit == "step":
+            needed = {"reward": "process", "baseline": "group", "missing_eos_score": None}
+            for name, value in needed.items():
+                if getattr(self, name) != value:
+                    raise InputError(
+                        f"config.{name} is {getattr(self, name)!r}, with which credit=step does not go; give {value!r}"
+                    )
+            if self.kl_in == "reward" and self.beta:
+                raise InputError(
+                    "config.kl_in is 'reward', with which credit=step does not go; give 'loss' or 'loss_k2', or beta=0"
+                )
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -175,7 +190,16 @@ def make_prepare(model: ModelConfig, config: Config):
         scores = reward_model.replace_unfinished(scored.scores, rollout.terminated, config.missing_eos_score)
         kl = masking.masked_sum(losses.kl_k1(log_probs, ref_log_probs), mask, axis=1)
         rewards = scores - beta * kl if config.kl_in == "reward" else scores
-        advantages = advantages_of(rewards.reshape(-1, config.group_size), config).reshape(-1, 1)
+        if config.credit == "step":
+            advantages = process.group_step_advantages(
+                scored.step_scores,
+                scored.step_mask,
+                mask,
+                group_size=config.group_size,
+                scale=config.scale_advantages,
+            )
+        else:
+            advantages = advantages_of(rewards.reshape(-1, config.group_size), config).reshape(-1, 1)
         batch = PolicyBatch(
             tokens=rollout.tokens,
             token_mask=rollout.token_mask,
@@ -205,6 +229,7 @@ def make_method(model: ModelConfig, config: Config) -> online.Method:
         rounds=config.rounds,
         beta=config.beta,
         early_stop_kl=config.early_stop_kl,
+        by_steps=config.credit == "step",
     )
 
 

@@ -116,6 +116,32 @@ def load_preferences(config: DataConfig) -> Split:
     return dataclasses.replace(split, train=train, held_out=held_out)
 
 
+def load_process_steps(config: DataConfig) -> Split:
+    """Rows of ``ProcessSteps``, from one file or directory of files; ``config.format`` is not read.
+
+    Raises:
+      InputError: the embedded reviews were asked for, which have no steps, or a prepared set.
+    """
+    if config.path:
+        path = pathlib.Path(config.path)
+        if prepared.is_prepared(path):
+            raise InputError(
+                f"--config.data.path={path} is a prepared set, from which steps are not read; give the file it was "
+                "prepared from"
+            )
+        rows, report = readers.read_process_steps(path, on_bad_row=config.on_bad_row)
+        train, held_out = readers.split_by_group(
+            rows, held_out_fraction=config.held_out_fraction, seed=config.split_seed
+        )
+        return Split(train=train, held_out=held_out, left_out=report.skipped)
+    if config.embedded == "reviews":
+        raise InputError(
+            "--config.data.embedded=reviews has no steps to judge; give --config.data.path=<file>, or 'arithmetic'"
+        )
+    train, held_out = (arithmetic.process_steps(config.arithmetic, split) for split in ("train", "eval"))
+    return Split(train=train, held_out=held_out)
+
+
 def load_prompts(config: DataConfig) -> Split:
     """Rows of ``Prompt``, each prompt of a source once; those of preferences are split as the pairs are."""
     if not config.path and config.embedded == "arithmetic":

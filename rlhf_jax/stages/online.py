@@ -13,7 +13,6 @@ import numpy as np
 
 from rlhf_jax.data import batches
 from rlhf_jax.errors import InputError
-from rlhf_jax.evaluation.policies import RowReward
 from rlhf_jax.metrics import count, mean_of, merge
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
@@ -54,6 +53,7 @@ class Method:
     rounds: see ``rollouts.make_collect``. beta: the KL penalty to start with. next_beta: ``next_beta(beta, observed
     kl)``; None keeps it. early_stop_kl: an iteration's updates end once the metric ``approx_kl``, nats a token, is
     above; 0 never.
+    by_steps: whether ``prepare`` reads the scores of steps, which a process reward model alone has.
     frozen_of: ``frozen_of(params, reference)`` at the start of an iteration: what the objective reads beside params.
     """
 
@@ -65,6 +65,7 @@ class Method:
     beta: float = 0.0
     next_beta: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     early_stop_kl: float = 0.0
+    by_steps: bool = False
     frozen_of: Callable[[Any, Any], Any] = lambda params, reference: {}
 
 
@@ -169,7 +170,7 @@ def train(
     params: Any,
     encoded: batches.Encoded,
     held_out: batches.Encoded,
-    reward: RowReward,
+    reward: rollouts.Reward,
 ) -> OnlineState:
     """Trains ``params`` on what the policy among them says, to the end of the schedule; returns the last state.
 
@@ -189,7 +190,7 @@ def train(
     """
     check_split(config, run.mesh, group_size=method.group_size)
     gold = rollouts.gold_reward(config.data, model.tokenizer)
-    evaluate = rollouts.make_evaluate(run, config, model, held_out, reward=reward, gold=gold)
+    evaluate = rollouts.make_evaluate(run, config, model, held_out, reward=reward.of_rows, gold=gold)
     optimizer = make_optimizer(
         config.optimizer, config.schedule.num_steps * config.num_epochs * config.num_minibatches
     )
@@ -197,7 +198,8 @@ def train(
         method,
         collect=rollouts.make_collect(
             rollouts.make_rollout(run, model, config.sampling),
-            rollouts.of_prompts(reward, encoded),
+            rollouts.of_prompts(reward.of_rows, encoded),
+            step_scores=reward.of_steps if method.by_steps else None,
             group_size=method.group_size,
             rounds=method.rounds,
         ),
@@ -259,11 +261,12 @@ def run(
 
     Args:
       stage: its name.
-      config: its config; beside what ``train`` reads: ``reward``, ``num_eval_prompts``, ``eval_responses_per_prompt``.
+      config: its config; beside what ``train`` reads: ``reward``, ``scoring``, ``num_eval_prompts``,
+        ``eval_responses_per_prompt``.
       workdir: the run's directory.
       method_of: ``method_of(model config, config)``.
       init_from: the SFT run (or a Hugging Face directory): initial policy, and the frozen reference.
-      reward_from: the reward-model run, where ``config.reward`` is "model".
+      reward_from: the run of a reward model, or of a process reward model, unless ``config.reward`` is "answer".
       parallelism: how the update runs; sampling and scoring are always ``jit`` over the mesh.
       stop: looked at between iterations.
 
@@ -291,7 +294,7 @@ def run(
         params={"decoder": model.params["decoder"]},
         encoded=encoded,
         held_out=held_out,
-        reward=rollouts.load_reward(config.reward, reward_from, run_, config.data, model, encoded),
+        reward=rollouts.load_reward(config, reward_from, run_, model, encoded),
     )
     leave_handoff(run_, config, model, state.train.params, made_from=list(where.values()), facts={})
 

@@ -45,7 +45,8 @@ class Config:
     """One PPO run; ``schedule`` counts iterations (one batch of rollouts each).
 
     batch_size: rollouts an iteration. num_epochs, num_minibatches: passes over them, and updates a pass.
-    num_microbatches: parts of one update, for memory. beta: KL penalty per nat; 0 cuts the leash.
+    num_microbatches: parts of one update, for memory. scoring: how the scores of an ensemble become one (``steps`` is
+    not read); the value model starts from its first member. beta: KL penalty per nat; 0 cuts the leash.
     adaptive_kl_target: the KL (nats a response) that beta is steered to; 0 keeps beta fixed.
     adaptive_kl_horizon: rollouts over which it adapts. gamma, lam: discount and trace decay of GAE. clip_low,
     clip_high: the ratio stays in [1 - low, 1 + high]. value_clip: the same for values, in reward units.
@@ -65,6 +66,7 @@ class Config:
     num_epochs: int = 4
     num_minibatches: int = 1
     num_microbatches: int = 1
+    scoring: rollouts.Scoring = dataclasses.field(default_factory=rollouts.Scoring)
     beta: float = 0.05
     adaptive_kl_target: float = 0.0
     adaptive_kl_horizon: int = 10_000
@@ -237,8 +239,8 @@ def run(
         num_eval_prompts=config.num_eval_prompts,
         responses_per_prompt=config.eval_responses_per_prompt,
     )
-    head = reward.params["head"]
-    value_head = {"kernel": head["kernel"], "bias": head["bias"] - float(reward.facts["reward_offset"])}
+    value, offset = rollouts.first_member(reward)
+    value_head = {"kernel": value["head"]["kernel"], "bias": value["head"]["bias"] - offset}
     state = online.train(
         run_,
         config,
@@ -246,11 +248,11 @@ def run(
         model=model,
         params={
             "policy": {"decoder": model.params["decoder"]},
-            "value": {"decoder": reward.params["decoder"], "head": value_head},
+            "value": {"decoder": value["decoder"], "head": value_head},
         },
         encoded=encoded,
         held_out=held_out,
-        reward=rollouts.model_reward(reward),
+        reward=rollouts.Reward(of_rows=rollouts.model_reward(reward, config.scoring)),
     )
     leave_handoff(
         run_,

@@ -24,7 +24,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import inputs, online
+from rlhf_jax.stages import inputs, online, rollouts
 from rlhf_jax.training.forward import response_log_probs
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -37,11 +37,11 @@ class Config:
     """One run; ``schedule`` counts iterations (one batch of rollouts each).
 
     batch_size: rollouts an iteration, ``group_size`` to a prompt. num_epochs, num_minibatches: passes over them, and
-    updates a pass. num_microbatches: parts of one update. reward: see ``stages.grpo``. kind: "best" imitates the best
-    of each group (RFT); "advantage" weighs by exp of the reward beyond the group's mean (AWR); "reward" by exp of the
-    reward (RWR); "distribution" by the importance of the leashed optimum (GDC). min_score: with "best", a response
-    below it is not imitated even if it is the best; None imitates them all. weight_temperature: divides rewards before
-    exp, the leash's beta; max_weight: the largest weight. missing_eos_score: replaces the reward of a
+    updates a pass. num_microbatches: parts of one update. reward, scoring: see ``stages.grpo``. kind: "best" imitates
+    the best of each group (RFT); "advantage" weighs by exp of the reward beyond the group's mean (AWR); "reward" by exp
+    of the reward (RWR); "distribution" by the importance of the leashed optimum (GDC). min_score: with "best", a
+    response below it is not imitated even if it is the best; None imitates them all. weight_temperature: divides
+    rewards before exp, the leash's beta; max_weight: the largest weight. missing_eos_score: replaces the reward of a
     response that never ended; None keeps it. temperature: of sampling, and of every log-prob. num_eval_prompts:
     held-out prompts sampled at every evaluation; eval_responses_per_prompt: responses to each.
     """
@@ -55,7 +55,8 @@ class Config:
     num_epochs: int = 1
     num_minibatches: int = 1
     num_microbatches: int = 1
-    reward: Literal["model", "answer"] = "model"
+    reward: rollouts.RewardKind = "model"
+    scoring: rollouts.Scoring = dataclasses.field(default_factory=rollouts.Scoring)
     kind: Literal["best", "advantage", "reward", "distribution"] = "best"
     min_score: float | None = None
     weight_temperature: float = 1.0

@@ -3,6 +3,9 @@
 Loss: -log sigmoid(r(x, y_w) - r(x, y_l) - margin) (Ouyang et al. 2022, equation 1). The head starts at N(0, 1/(d+1))
 and is read at the last token. After training the mean reward of chosen training responses is stored as an offset, so
 that a score of 0 means "as good as those" (Huang et al. 2024).
+
+An ensemble is trained as one model whose parameters have a leading axis: each member has a head of its own and sees its
+own pairs in its own order (Coste et al. 2024).
 """
 
 from __future__ import annotations
@@ -18,14 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.data import batches, readers, world
-from rlhf_jax.errors import check_range
+from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.evaluation import calibration
 from rlhf_jax.losses import bradley_terry_loss
 from rlhf_jax.metrics import count, mean_of
 from rlhf_jax.models import heads
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.rewards import reward_model
+from rlhf_jax.rewards import ensembles, reward_model
 from rlhf_jax.stages import inputs
 from rlhf_jax.stages.run_directory import (
     Purpose,
@@ -49,7 +52,8 @@ NUM_REFERENCE_RESPONSES = 1024
 class Config:
     """One reward-model run.
 
-    margin, label_smoothing, centering: see ``losses.bradley_terry_loss``.
+    members: reward models trained side by side from the one start, each on ``batch_size`` pairs a step of its own.
+    Gradients are clipped together. margin, label_smoothing, centering: see ``losses.bradley_terry_loss``.
     """
 
     seed: int = 0
@@ -58,12 +62,18 @@ class Config:
     schedule: Schedule = dataclasses.field(default_factory=lambda: Schedule(num_steps=300))
     batch_size: int = 64
     num_microbatches: int = 1
+    members: int = 1
     margin: float = 0.0
     label_smoothing: float = 0.0
     centering: float = 0.0
 
     def __post_init__(self) -> None:
-        check_range(self, "batch_size", "num_microbatches", at_least=1)
+        check_range(self, "batch_size", "num_microbatches", "members", at_least=1)
+        if self.members > 1 and self.optimizer.weight_decay:
+            raise InputError(
+                f"config.optimizer.weight_decay is {self.optimizer.weight_decay}, which would decay the norm scales of "
+                "an ensemble too; give 0, or members=1"
+            )
         check_range(self, "label_smoothing", at_least=0, below=0.5)
         check_range(self, "centering", at_least=0)
 
@@ -93,22 +103,38 @@ def make_objective(
     return objective
 
 
-def make_pair_scorer(model: ModelConfig, encoded: Any, batch_size: int, run: Run):
-    """``score_pairs(params) -> (chosen, rejected)``, [N] float32 NumPy each, over all encoded pairs in order."""
+def make_ensemble_objective(model: ModelConfig, members: int, **loss: float):
+    """`make_objective` of every member on its own pairs: row i of a batch belongs to member i modulo ``members``.
+
+    Any run of rows that ``members`` divides, as a device or a micro-batch has, holds as many pairs of each.
+    """
+    of_one = make_objective(model, **loss)
+
+    def objective(params: Any, frozen: Any, batch: PreferenceBatch):
+        apart = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, members, *x.shape[1:]), 0, 1), batch)
+        terms, metrics = jax.vmap(lambda member, pairs: of_one(member, frozen, pairs))(params, apart)
+        # Totals and weights add up: the mean over members, whose gradient is a multiple of each member's own.
+        return jax.tree.map(jnp.sum, (terms, metrics))
+
+    return objective
+
+
+def make_pair_scorer(model: ModelConfig, encoded: Any, batch_size: int, run: Run, *, is_ensemble: bool):
+    """``score_pairs(params) -> (chosen, rejected)``, NumPy float32 [N] over all encoded pairs in order, or [E, N]."""
+    score_rows = ensembles.score if is_ensemble else reward_model.score
 
     @jax.jit
     def score(params, batch):
-        return jnp.split(
-            reward_model.score(model, params, concatenate_pairs(batch.chosen, batch.rejected)), 2
-        )
+        both = concatenate_pairs(batch.chosen, batch.rejected)
+        return jnp.split(score_rows(model, params, both), 2, axis=-1)
 
     def score_pairs(params) -> tuple[np.ndarray, np.ndarray]:
         chosen, rejected = [], []
         for batch, rows in batches.eval_batches(encoded, batch_size):
             first, second = jax.device_get(score(params, meshes.put_rows(run.mesh, batch)))
-            chosen.append(first[rows])
-            rejected.append(second[rows])
-        return np.concatenate(chosen), np.concatenate(rejected)
+            chosen.append(first[..., rows])
+            rejected.append(second[..., rows])
+        return np.concatenate(chosen, axis=-1), np.concatenate(rejected, axis=-1)
 
     return score_pairs
 
@@ -136,36 +162,66 @@ def run(
     split = inputs.load_preferences(config.data)
     train_rows, held_out = encode_split(run_, config.data, model, split, batches.encode_preferences)
 
-    head = heads.init_scalar_head(model.config, run_.key(config.seed, Purpose.INIT))
-    params = {"decoder": model.params["decoder"], "head": jax.device_put(head, meshes.replicated(run_.mesh))}
-    score_held_out = make_pair_scorer(model.config, held_out, config.batch_size, run_)
+    key, is_ensemble = run_.key(config.seed, Purpose.INIT), config.members > 1
+    decoder = model.params["decoder"]
+    if is_ensemble:
+        params = ensembles.init_ensemble(model.config, decoder, key, size=config.members)
+    else:
+        params = {"decoder": decoder, "head": heads.init_scalar_head(model.config, key)}
+    loss = {
+        "margin": config.margin,
+        "label_smoothing": config.label_smoothing,
+        "centering": config.centering,
+    }
+    of = {"batch_size": config.batch_size, "run": run_, "is_ensemble": is_ensemble}
+    score_held_out = make_pair_scorer(model.config, held_out, **of)
 
     def evaluate(params) -> Mapping[str, float]:
-        return _agreement(*score_held_out(params))
+        return _agreement(*map(_together, score_held_out(params)))
 
     params = train(
         run_,
         config,
-        objective=make_objective(
-            model.config,
-            margin=config.margin,
-            label_smoothing=config.label_smoothing,
-            centering=config.centering,
-        ),
-        params=params,
+        objective=make_ensemble_objective(model.config, config.members, **loss)
+        if is_ensemble
+        else make_objective(model.config, **loss),
+        params=jax.device_put(params, meshes.replicated(run_.mesh)),
         frozen={},
         iterator=batches.preference_batches(
-            train_rows, batch_size=config.batch_size, seed=run_.data_seed(config.seed)
+            train_rows,
+            batch_size=config.batch_size * config.members,
+            seed=run_.data_seed(config.seed),
         ),
         evaluate=evaluate,
         shown=("loss", "accuracy", "margin"),
     )
     reference = dataclasses.replace(train_rows, rows=train_rows.rows[:NUM_REFERENCE_RESPONSES])
-    reference_rewards, _ = make_pair_scorer(model.config, reference, config.batch_size, run_)(params)
-    chosen, rejected = score_held_out(params)
-    facts = {"reward_offset": float(reference_rewards.mean()), **_agreement(chosen, rejected)}
+    reference_rewards, _ = make_pair_scorer(model.config, reference, **of)(params)
+    offsets = reference_rewards.mean(axis=-1)
+    facts = {"ensemble_offsets": offsets.tolist()} if is_ensemble else {"reward_offset": float(offsets)}
+    sides = score_held_out(params)
+    if is_ensemble:
+        facts |= _of_members(*sides, offsets)
+    chosen, rejected = map(_together, sides)
+    facts |= _agreement(chosen, rejected)
     facts |= _compare([encoded.row for encoded in held_out.rows], chosen, rejected, run_)
     leave_handoff(run_, config, model, params, made_from=[init_from], facts=facts)
+
+
+def _together(scores: np.ndarray) -> np.ndarray:
+    """[N] as it is, [E, N] as the mean over members: what is measured of an ensemble."""
+    return scores.mean(axis=0) if scores.ndim == 2 else scores
+
+
+def _of_members(chosen: np.ndarray, rejected: np.ndarray, offsets: np.ndarray) -> dict[str, Any]:
+    """Each member's accuracy, and how far members are apart on a response, from scores [E, N]."""
+    both = np.concatenate([chosen, rejected], axis=1) - offsets[:, None]
+    return {
+        "member_accuracy": [
+            _agreement(*pair)["eval/accuracy"] for pair in zip(chosen, rejected, strict=True)
+        ],
+        "disagreement": float(both.std(axis=0).mean()),
+    }
 
 
 def _agreement(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, float]:

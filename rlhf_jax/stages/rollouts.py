@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -12,12 +13,12 @@ import numpy as np
 
 from rlhf_jax.data import batches
 from rlhf_jax.data import tokenizer as tokenizers
-from rlhf_jax.errors import InputError
+from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.evaluation import policies
 from rlhf_jax.evaluation.policies import RowReward
 from rlhf_jax.metrics import mean_of
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.rewards import verifiers
+from rlhf_jax.rewards import ensembles, process, process_model, verifiers
 from rlhf_jax.sampling.generate import SamplingConfig, generate
 from rlhf_jax.stages import inputs
 from rlhf_jax.stages.run_directory import (
@@ -63,6 +64,7 @@ def make_collect(
     rollout: Callable[..., Rollout],
     reward: Callable[[Rollout, np.ndarray], Any],
     *,
+    step_scores: Callable[[Rollout], tuple[jax.Array, jax.Array]] | None = None,
     group_size: int = 1,
     rounds: int = 1,
 ) -> Collect:
@@ -71,6 +73,7 @@ def make_collect(
     Args:
       rollout: see ``make_rollout``.
       reward: ``reward(rollout, index of each row's prompt) -> [B]``: what is optimised.
+      step_scores: what each step is worth and where steps end, for methods that give credit by steps.
       group_size: responses a prompt.
       rounds: with more than one, a batch holds that many times the prompts: groups whose rewards are all equal are
         sampled anew from further prompts until all groups have a spread or the prompts run out (DAPO's dynamic
@@ -86,7 +89,8 @@ def make_collect(
             repeated = {name: np.repeat(x[part], group_size, axis=0) for name, x in prompts.items()}
             sampled = rollout(params, repeated, jax.random.fold_in(key, number), step)
             scores = jnp.asarray(reward(sampled, repeated["index"]))
-            found.append(ScoredRollout(rollout=sampled, scores=scores))
+            steps, ends = (None, None) if step_scores is None else step_scores(sampled)
+            found.append(ScoredRollout(rollout=sampled, scores=scores, step_scores=steps, step_mask=ends))
             if rounds == 1:
                 return found[0], repeated["index"], {}
             groups = np.asarray(scores).reshape(-1, group_size)
@@ -132,47 +136,126 @@ def make_rollout(run: Run, model: Model, sampling: SamplingConfig) -> Callable[.
     return rollout
 
 
-def model_reward(reward: Model) -> RowReward:
-    """The frozen reward model of a run, its scores shifted by the offset that the run stored."""
-    return policies.model_reward(reward.config, reward.params, float(reward.facts["reward_offset"]))
+RewardKind = Literal["model", "answer", "process"]
 
 
-def load_reward(
-    kind: Literal["model", "answer"],
-    reward_from: str,
-    run: Run,
-    data: inputs.DataConfig,
-    model: Model,
-    encoded: Any,
-) -> RowReward:
-    """What a stage optimises: the reward model of ``reward_from``, or whether a response gives its prompt's answer.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How several scores become the one that is optimised; see ``rewards.ensembles`` and ``rewards.process``.
+
+    members: of the reward models of an ensemble, the mean, the lowest, or the mean less ``penalty`` times the variance.
+    steps: of a process reward model's P(right), the lowest, the product, or the last.
+    """
+
+    members: Literal["mean", "worst_case", "mean_minus_variance"] = "mean"
+    penalty: float = 0.5
+    steps: Literal["minimum", "product", "last"] = "minimum"
+
+    def __post_init__(self) -> None:
+        check_range(self, "penalty", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reward:
+    """What a stage optimises.
+
+    of_rows: one number a response. of_steps: of a process reward model ``of_steps(rollout) -> (scores [B, R] float32 at
+    the tokens that end steps, where they end [B, R])``; None for every other reward.
+    """
+
+    of_rows: RowReward
+    of_steps: Callable[[Rollout], tuple[jax.Array, jax.Array]] | None = None
+
+
+def model_reward(reward: Model, scoring: Scoring) -> RowReward:
+    """The frozen reward model of a run, or an ensemble, its scores shifted by the offset that the run stored."""
+    if "ensemble_offsets" not in reward.facts:
+        return policies.model_reward(reward.config, reward.params, float(reward.facts["reward_offset"]))
+    aggregate = {
+        "mean": ensembles.mean_score,
+        "worst_case": ensembles.worst_case_score,
+        "mean_minus_variance": functools.partial(ensembles.mean_minus_variance, penalty=scoring.penalty),
+    }[scoring.members]
+    offsets = jnp.asarray(reward.facts["ensemble_offsets"], jnp.float32)
+    score = jax.jit(
+        lambda params, rollout: aggregate(ensembles.score(reward.config, params, rollout, offsets=offsets))
+    )
+    return lambda rollout, rows: score(reward.params, rollout)
+
+
+def first_member(reward: Model) -> tuple[Any, float]:
+    """Params and offset of a reward model, or of the first of an ensemble."""
+    offsets = reward.facts.get("ensemble_offsets")
+    if offsets is None:
+        return reward.params, float(reward.facts["reward_offset"])
+    return ensembles.member(reward.params, 0), float(offsets[0])
+
+
+def process_reward(reward: Model, scoring: Scoring) -> Reward:
+    """The frozen process reward model of a run: P(right) of every step, and one number for the response."""
+    marks = tokenizers.tokens_with(reward.tokenizer, reward.facts["step_mark"])
+    marks = jnp.asarray(np.pad(marks, (0, reward.config.vocab_size - len(marks))))
+    aggregate = {
+        "minimum": process.minimum_over_steps,
+        "product": process.product_over_steps,
+        "last": process.last_step,
+    }[scoring.steps]
+
+    @jax.jit
+    def of_steps(params, rollout):
+        return process_model.step_scores(reward.config, params, rollout, marks)
+
+    @jax.jit
+    def of_rows(params, rollout):
+        return aggregate(*process_model.step_scores(reward.config, params, rollout, marks))
+
+    return Reward(
+        of_rows=lambda rollout, rows: of_rows(reward.params, rollout),
+        of_steps=lambda rollout: of_steps(reward.params, rollout),
+    )
+
+
+def load_reward(config: Any, reward_from: str, run: Run, model: Model, encoded: Any) -> Reward:
+    """What a stage optimises, by ``config.reward`` ("model", "answer", "process") and ``config.scoring``.
 
     Raises:
-      InputError: no reward model where one is needed, one of another tokenizer, or prompts without answers.
+      InputError: no reward model where one is needed, one of another kind or tokenizer, or prompts without answers.
     """
-    if kind == "answer":
+    if config.reward == "answer":
         missing = next((row.row.source for row in encoded.rows if not row.row.answer), None)
         if missing is not None:
             raise InputError(
                 f"{missing} has no answer, which config.reward=answer needs; give rows with one, or config.reward=model"
             )
-        return policies.text_reward(
-            model.tokenizer,
-            lambda row, response, ended: float(verifiers.gsm8k_reward([response], [row.answer])[0]),
-        )
+        return Reward(of_rows=_answer_reward(model.tokenizer))
+    is_process = config.reward == "process"
     if not reward_from:
+        stage = "process_reward" if is_process else "reward_model"
         raise InputError(
-            "config.reward is 'model', which needs --reward_from=<run of experiments.reward_model>"
+            f"config.reward is {config.reward!r}, which needs --reward_from=<run of experiments.{stage}>"
         )
     reward = load_model(reward_from, run)
     check_same_family(model, reward)
-    check_scores(reward)
-    check_context(reward, data.prompt_length + data.response_length)
-    return model_reward(reward)
+    check_scores(reward, steps=is_process)
+    check_context(reward, config.data.prompt_length + config.data.response_length)
+    if is_process:
+        return process_reward(reward, config.scoring)
+    return Reward(of_rows=model_reward(reward, config.scoring))
+
+
+def _answer_reward(tokenizer: Any) -> RowReward:
+    return policies.text_reward(
+        tokenizer, lambda row, response, ended: float(verifiers.gsm8k_reward([response], [row.answer])[0])
+    )
 
 
 def gold_reward(data: inputs.DataConfig, tokenizer: Any) -> RowReward | None:
-    """The embedded world's gold reward, to measure and never to train on; None for files, which have none."""
+    """What the embedded data are really after, to measure whatever is trained on; None for files, where nobody knows.
+
+    The reviews' gold reward; of the sums, whether the answer is right.
+    """
+    if not data.path and data.embedded == "arithmetic":
+        return _answer_reward(tokenizer)
     gold = inputs.gold_reward(data)
     if gold is None:
         return None

@@ -1,91 +1,93 @@
-"""Chat templates: what of a rendered conversation is the prompt and what is the answer."""
+"""Chat templates: what is trained on is the answer and EOS, and a template that hides the boundary is refused."""
 
 import pytest
 
-from rlhf_jax.data import conversations
-from rlhf_jax.data import tokenizer as tk
+from rlhf_jax.data import batches as b
+from rlhf_jax.data.conversations import encode_conversation, encode_turns
+from rlhf_jax.data.rows import Demonstration, Preference, Prompt, plain_text
 from rlhf_jax.data.world import world_tokenizer
 from rlhf_jax.errors import InputError
 
-USER = (("user", "praise the cast ."),)
-TURNS = (*USER, ("assistant", "bold songs ."), ("user", "the cast ?"))
-# Words are divided by blanks here; <unk> stands for every turn mark.
-MARKS = (
-    "{% for m in messages %} [{{ m.role }}] {{ m.content }}{% if m.role == 'assistant' %} </s>{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %} [assistant]{% endif %}"
+TURNS = (("user", "bold warm"), ("assistant", "dull"), ("user", "fresh"))
+PLAIN = (
+    "{{ bos_token }}{% for m in messages %} {{ m['role'] == 'user' and 'great' or 'weak' }} {{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %} {{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} weak{% endif %}"
 )
 
 
-@pytest.fixture
-def tokenizer():
-    fresh = world_tokenizer()
-    fresh.chat_template = MARKS
-    return fresh
+def tokenizer(template):
+    made = world_tokenizer()
+    made.chat_template = template
+    return made
 
 
-def words(tokenizer, ids):
-    return tokenizer.convert_ids_to_tokens(ids)
+def words(tok, ids):
+    return tok.convert_ids_to_tokens(ids)
 
 
-def test_prompt_and_answer_by_hand(tokenizer):
-    prompt, answer = conversations.encode_conversation(tokenizer, TURNS, "bold cast .", "row 1")
-    mark = "<unk>"
-    said = [mark, "praise", "the", "cast", ".", mark, "bold", "songs", ".", "</s>", mark, "the", "cast"]
-    # "?" is not a word of the world.
-    assert words(tokenizer, prompt) == [*said, mark, mark]
-    assert words(tokenizer, answer) == ["bold", "cast", ".", "</s>"]
-    assert conversations.encode_turns(tokenizer, TURNS, "row 1") == prompt
+def test_an_answer_is_divided_from_its_turns_and_ends_in_one_eos():
+    tok = tokenizer(PLAIN)
+    prompt, response = encode_conversation(tok, TURNS, "clever clever", "s")
+    assert words(tok, prompt) == [
+        "<s>",
+        "great",
+        "bold",
+        "warm",
+        "weak",
+        "dull",
+        "</s>",
+        "great",
+        "fresh",
+        "weak",
+    ]
+    assert words(tok, response) == ["clever", "clever", "</s>"]
+    assert encode_turns(tok, TURNS, "s") == prompt
 
 
-@pytest.mark.parametrize("pad", [None, "</s>", "<pad>"])
-def test_padding_absent_or_the_end_mark_changes_nothing(tokenizer, pad):
-    tokenizer.pad_token = pad
-    expected = tokenizer.pad_token_id if pad == "<pad>" else tk.eos_id(tokenizer)
-    assert tk.pad_id(tokenizer) == expected
-    _, answer = conversations.encode_conversation(tokenizer, USER, "bold .", "row 1")
-    assert words(tokenizer, answer) == ["bold", ".", "</s>"]
+@pytest.mark.parametrize("end", ["", " {{ eos_token }}", " {{ eos_token }} flat"])
+def test_whatever_a_template_writes_at_the_end_eos_is_last(end):
+    tok = tokenizer(PLAIN.replace(" {{ eos_token }}", end))
+    prompt, response = encode_conversation(tok, TURNS[:1], "clever", "s")
+    assert words(tok, response) == ["clever", "</s>"]
+    assert words(tok, prompt) == ["<s>", "great", "bold", "warm", "weak"]
 
 
-@pytest.mark.parametrize("after", ["", " </s>", " </s> the", " ."])
-def test_one_end_mark_is_the_last_id_whatever_the_template_writes_there(tokenizer, after):
-    tokenizer.chat_template = MARKS.replace(" </s>", after)
-    _, answer = conversations.encode_conversation(tokenizer, USER, "bold .", "row 1")
-    assert words(tokenizer, answer) == ["bold", "."] + (["."] if after == " ." else []) + ["</s>"]
-
-
-def test_a_template_that_rewrites_what_came_before_is_refused(tokenizer):
-    # As templates do that drop the reasoning of turns that are answered.
-    tokenizer.chat_template = "{{ messages | length }} " + MARKS
-    with pytest.raises(InputError, match="writes the turns of row 3 otherwise once they are answered.*give"):
-        conversations.encode_conversation(tokenizer, USER, "bold .", "row 3")
-
-
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [
-        (None, "row 5 is a conversation and the tokenizer has no chat template: give one"),
-        (
-            "{{ raise_exception('roles must alternate') }}",
-            r"refuses row 5 \(roles must alternate\): mend the row",
-        ),
-        ("{% for m in messages %}", "refuses row 5"),
-        ("{{ messages[0].content.missing.deeper }}", "refuses row 5"),
-    ],
-)
-def test_a_template_that_fails_is_said_in_a_sentence(tokenizer, template, said):
-    tokenizer.chat_template = template
-    for call in (
-        lambda: conversations.encode_conversation(tokenizer, USER, "bold .", "row 5"),
-        lambda: conversations.encode_turns(tokenizer, USER, "row 5"),
+def test_templates_that_cannot_be_used_are_sentences():
+    with pytest.raises(
+        InputError, match="a:7 is a conversation and the tokenizer has no chat template: give one in"
     ):
-        with pytest.raises(InputError, match=said) as error:
-            call()
-        assert "\n" not in str(error.value)
+        encode_conversation(tokenizer(None), TURNS, "clever", "a:7")
+    rewrites = "{% if messages|length > 3 %}{{ bos_token }}{% endif %}" + PLAIN
+    with pytest.raises(
+        InputError, match="writes the turns of a:7 otherwise once they are answered.*: give a template"
+    ):
+        encode_conversation(tokenizer(rewrites), TURNS, "clever", "a:7")
+    refuses = "{{ raise_exception('no system turns') }}"
+    with pytest.raises(
+        InputError, match="chat template refuses a:7 .no system turns.: mend the row, or give"
+    ):
+        encode_turns(tokenizer(refuses), TURNS, "a:7")
 
 
-def test_a_template_survives_saving(tokenizer, tmp_path):
-    tk.save_tokenizer(tokenizer, tmp_path)
-    loaded = tk.load_tokenizer(tmp_path)
-    assert conversations.encode_turns(loaded, TURNS, "row 1") == conversations.encode_turns(
-        tokenizer, TURNS, "row 1"
-    )
+def test_conversations_and_texts_lie_in_one_batch():
+    tok = tokenizer(PLAIN)
+    said = {"messages": TURNS[:1], "prompt": plain_text(TURNS[:1])}
+    rows = [
+        Demonstration(prompt="bold", response="warm", source="1"),
+        Demonstration(response="clever", source="2", **said),
+        Demonstration(prompt="flat", response="stale", source="3"),
+    ]
+    encoded, _ = b.encode_demonstrations(rows, tok, prompt_length=8, response_length=4)
+    [(batch, _)] = b.eval_batches(encoded, 3)
+    shown = [words(tok, tokens[mask]) for tokens, mask in zip(batch.tokens, batch.token_mask, strict=True)]
+    assert shown == [
+        ["<s>", "bold", "warm", "</s>"],
+        ["<s>", "great", "bold", "warm", "weak", "clever", "</s>"],
+        ["<s>", "flat", "stale", "</s>"],
+    ]
+    pair = Preference(chosen="clever", rejected="dull", source="4", **said)
+    encoded, _ = b.encode_preferences([pair], tok, prompt_length=8, response_length=4)
+    assert words(tok, encoded.rows[0].rejected_ids) == ["dull", "</s>"]
+    encoded, _ = b.encode_prompts([Prompt(source="5", **said)], tok, prompt_length=8)
+    assert words(tok, encoded.rows[0].prompt_ids) == ["<s>", "great", "bold", "warm", "weak"]

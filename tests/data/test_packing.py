@@ -70,6 +70,7 @@ def test_packed_batches_show_every_demonstration_once_an_epoch(encoded):
     assert batch.tokens.shape == (1, P + R) and batch.response_mask.shape == (1, P + R - 1)
 
 
+@pytest.mark.slow
 def test_packed_loss_is_the_unpacked_loss(encoded):
     """Value and gradient, summed over all demonstrations, agree to 1e-6 of their size."""
     config = ModelConfig(

@@ -97,7 +97,6 @@ def every_sequence() -> Rollout:
         token_mask=jnp.asarray(np.concatenate([np.ones((len(rows), 2), bool), mask], axis=1)),
         response_mask=jnp.asarray(mask),
         log_probs=jnp.zeros(mask.shape),
-        policy_log_probs=jnp.zeros(mask.shape),
         terminated=jnp.asarray([ended for _, _, ended in rows]),
         policy_step=jnp.int32(0),
     )

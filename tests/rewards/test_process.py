@@ -98,3 +98,24 @@ def test_wrong_types_are_named():
         process.token_rewards(SCORES, MASK, np.zeros((B, S), int), np.ones((B + 1, R), bool))
     with pytest.raises(TypeError, match="ends_step must be bool"):
         process.find_step_ends(np.ones((2, 2)))
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_group_step_advantages_against_loops(scale):
+    """Two groups of two rows; row 3 has no step, group 0 three steps in all."""
+    rng = np.random.default_rng(7)
+    scores = rng.random((4, 5)).astype(np.float32)
+    steps = np.array([[0, 1, 0, 1, 0], [0, 0, 1, 0, 0], [1, 1, 0, 0, 1], [0, 0, 0, 0, 0]], bool)
+    response = np.array([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], bool)
+    expected = np.zeros((4, 5))
+    for group in (0, 1):
+        rows = (2 * group, 2 * group + 1)
+        found = [float(scores[row, t]) for row in rows for t in range(5) if steps[row, t]]
+        spread = np.std(found) + 1e-4 if scale else 1.0
+        for row in rows:
+            for t in range(5):
+                later = [s for s in range(t, 5) if steps[row, s]]
+                if response[row, t]:
+                    expected[row, t] = sum((scores[row, s] - np.mean(found)) / spread for s in later)
+    found = process.group_step_advantages(scores, steps, response, group_size=2, scale=scale)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

@@ -69,7 +69,6 @@ def make_rollout_of(scores):
             token_mask=jnp.ones((rows, 1), bool),
             response_mask=jnp.ones((rows, 1), bool),
             log_probs=jnp.zeros((rows, 1)),
-            policy_log_probs=jnp.zeros((rows, 1)),
             terminated=jnp.ones((rows,), bool),
             policy_step=jnp.int32(step),
         )

@@ -43,7 +43,6 @@ def rollout_of(rows, width=2):
         token_mask=jnp.ones((rows, 1 + width), bool),
         response_mask=jnp.ones((rows, width), bool),
         log_probs=jnp.zeros((rows, width)),
-        policy_log_probs=jnp.zeros((rows, width)),
         terminated=jnp.ones((rows,), bool),
         policy_step=jnp.int32(0),
     )

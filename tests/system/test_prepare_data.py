@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 
-from rlhf_jax.data import prepared
+from rlhf_jax.data import batches, prepared, scans, world
+from rlhf_jax.data import tokenizer as tokenizers
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOOD = {"prompt": "Say hi.", "chosen": "Hi!", "rejected": "No."}
@@ -48,6 +49,34 @@ def test_it_says_what_it_kept_and_what_not_and_why(tmp_path):
     ]
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "kept"]
     assert len(prepared.open_prepared(tmp_path / "kept").rows) == 5
+
+
+def test_what_fits_is_known_before_a_stage_starts(tmp_path, monkeypatch):
+    tokenizer = world.world_tokenizer()
+    tokenizers.save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    rows = [{"prompt": "bold", "chosen": "warm " * n, "rejected": "dull"} for n in (1, 2, 9)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = [
+        f"--tokenizer={tmp_path / 'tokenizer'}",
+        "--prompt_length=4",
+        "--response_length=4",
+        "--truncation=drop",
+    ]
+    out, err = start(tmp_path / "in.jsonl", tmp_path / "out", *given).communicate(timeout=120)
+    assert out.splitlines()[-2:] == [
+        "2 rows fit or were cut to fit (0 were cut); 1 do not",
+        str(tmp_path / "out"),
+    ], err
+    monkeypatch.setattr(scans, "_scan", None)  # a second scan would fail
+    encoded, report = batches.encode_preferences(
+        prepared.open_prepared(tmp_path / "out").rows,
+        tokenizers.load_tokenizer(tmp_path / "tokenizer"),
+        prompt_length=4,
+        response_length=4,
+        truncation="drop",
+    )
+    assert len(encoded) == 2
+    assert report.dropped[0][0] == "in.jsonl:3"
 
 
 def test_a_signal_leaves_nothing_half_written(tmp_path):

@@ -1,0 +1,35 @@
+"""A process reward model from solutions whose steps are judged, and GRPO against it.
+
+    python -m experiments.process_reward --workdir=runs/arithmetic/process --init_from=runs/arithmetic/sft
+    python -m experiments.grpo --config=experiments/configs/arithmetic.py --workdir=runs/arithmetic/grpo_steps \\
+        --init_from=runs/arithmetic/sft --reward_from=runs/arithmetic/process \\
+        --config.reward=process --config.credit=step
+
+Files in the formats of PRM800K, Math-Shepherd and TRL: --config.data.path=<file> --config.step_mark=$'\\n'
+"""
+
+import pathlib
+
+from experiments import launch
+from rlhf_jax.evaluation import report
+from rlhf_jax.stages import config as configs
+from rlhf_jax.stages import process_reward
+
+CONFIG = launch.define_config("process_reward")
+WORKDIR = launch.define_workdir()
+INIT_FROM = launch.define_init_from(
+    "Run directory of SFT, or a Hugging Face directory: the trunk to start from."
+)
+PARALLELISM = launch.define_parallelism()
+
+
+def main(stop):
+    config = configs.from_dict(process_reward.Config, CONFIG.value.to_dict())
+    process_reward.run(
+        config, WORKDIR.value, init_from=INIT_FROM.value, parallelism=PARALLELISM.value, stop=stop
+    )
+    print(report.write_report(pathlib.Path(WORKDIR.value)))
+
+
+if __name__ == "__main__":
+    launch.launch(main, process_reward.Config)
