@@ -255,7 +255,7 @@ def draw_next(
     ends = tokens == eos_id
     if stop_table is not None:
         searched = steps >= sampling.min_new_tokens
-        match = jnp.where(searched, stop_table[match, tokens].astype(jnp.int32), 0)
+        match = jnp.where(searched, jnp.asarray(stop_table)[match, tokens].astype(jnp.int32), 0)
         ends |= match == stop_table.shape[0] - 1
     return Drawn(tokens, log_probs, policy, match, ends)
 

@@ -81,6 +81,7 @@ def generate_refilled(
     """
     if slots < 1:
         raise InputError(f"slots is {slots}: give at least 1")
+    tokens, token_mask = jnp.asarray(tokens), jnp.asarray(token_mask)
     prompts, width = tokens.shape
     new, slots = sampling.max_new_tokens, min(slots, prompts)
     check_fits(config, width, sampling)
