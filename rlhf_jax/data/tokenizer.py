@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -167,3 +168,44 @@ def _text(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
     if ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
+    """What each id adds to the text of the ids before it, as UTF-8; joined, they are the text of a continuation.
+
+    A token may hold part of a character. What a tokenizer does at the start of a text only (some drop one
+    blank there) is not done here. Ids that the tokenizer does not have add nothing.
+    """
+    backend = tokenizer.backend_tokenizer
+    decoder = json.dumps(json.loads(backend.to_str())["decoder"])
+    words = {i: word for word, i in tokenizer.get_vocab().items()}
+    ids = range(max(words) + 1)
+    if '"ByteLevel"' in decoder:
+        return [_of_byte_level(words.get(i, "")) for i in ids]
+    once, twice = (
+        backend.decode_batch([[i] * times if i in words else [] for i in ids], skip_special_tokens=False)
+        for times in (1, 2)
+    )
+    pieces = [both[len(one) :].encode() for one, both in zip(once, twice, strict=True)]
+    if '"ByteFallback"' in decoder:
+        for i, word in words.items():
+            if re.fullmatch("<0x[0-9A-F]{2}>", word):
+                pieces[i] = bytes([int(word[3:5], 16)])
+    return pieces
+
+
+def _of_byte_level(word: str) -> bytes:
+    """A word of a byte-level vocabulary as bytes; one with other characters (a special token) is text."""
+    if all(character in _BYTES for character in word):
+        return bytes(_BYTES[character] for character in word)
+    return word.encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte (GPT-2's choice): itself where it can be seen, else one from 256 on."""
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+_BYTES = _byte_alphabet()

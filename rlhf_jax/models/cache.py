@@ -8,6 +8,7 @@ Weights are cast to the compute dtype once, before the loop.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from rlhf_jax.models.attention import MASKED_SCORE, capped, causal_attention, ca
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.decoder import Params, embed, unembedding
 
-# One (key, value) a layer, each [B, J, C, K] in the compute dtype, where C is the capacity in columns.
+# One (key, value) a layer, each [B, J, C, K] in the dtype that ``prefill`` was given; C is the capacity in columns.
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
 
 
@@ -39,12 +40,18 @@ def decoding_weights(config: ModelConfig, params: Params) -> Params:
 
 
 def prefill(
-    config: ModelConfig, weights: Params, tokens: jax.Array, token_mask: jax.Array, capacity: int
+    config: ModelConfig,
+    weights: Params,
+    tokens: jax.Array,
+    token_mask: jax.Array,
+    capacity: int,
+    dtype: Any = None,
 ) -> tuple[jax.Array, Cache]:
     """Reads the prompts: [B, P] -> hidden state of the last column [B, D], and a cache of ``capacity``
     columns.
 
-    Prompts are padded on the left, so that the last column of every row is its last token.
+    Prompts are padded on the left, so that the last column of every row is its last token. ``dtype``: of the
+    cache; None is the compute dtype.
     """
     positions = parts.positions_from_mask(token_mask)
     x = embed(config, weights, tokens, token_mask, positions)
@@ -56,7 +63,7 @@ def prefill(
     def attend(
         query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        kept = tuple(jnp.pad(jnp.swapaxes(x, 1, 2), room) for x in (key, value))
+        kept = tuple(jnp.pad(jnp.swapaxes(x, 1, 2), room).astype(dtype or x.dtype) for x in (key, value))
         mixed = causal_attention(
             query, key, value, mask, scale=config.score_scale, softcap=config.attention_softcap
         )
@@ -91,8 +98,8 @@ def decode_step(
 ) -> tuple[jax.Array, Cache]:
     """Adds one token a row: its hidden state [B, D] and the cache with its keys and values at ``column``.
 
-    tokens: [B] int32. positions: [B] int32, real tokens before this one. column: [] int32. readable: [B, C]
-    bool, the columns to attend to, ``column`` included.
+    tokens: [B] int32. positions: [B] int32, real tokens before this one. column: [] int32, or [B] where rows
+    are not equally far. readable: [B, C] bool, the columns to attend to, ``column`` included.
     """
     x = embed(config, weights, tokens[:, None], jnp.ones_like(tokens[:, None], bool), positions[:, None])
     rotations = parts.rotations(config, positions[:, None])
@@ -115,7 +122,7 @@ def decode_step(
             seen: jax.Array = seen[window],
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             keys, values = (
-                jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(new, 1, 2), column, axis=2)
+                _put(old, jnp.swapaxes(new, 1, 2).astype(old.dtype), column)
                 for old, new in ((keys, key), (values, value))
             )
             mixed = cached_attention(
@@ -126,6 +133,13 @@ def decode_step(
         x, kept = parts.layer(config, layer, x, _rotation(rotations, window), attend)
         updated.append(kept)
     return parts.norm(config, weights, "final_norm", x[:, 0]), tuple(updated)
+
+
+def _put(old: jax.Array, new: jax.Array, column: jax.Array) -> jax.Array:
+    """[B, J, C, K] with [B, J, 1, K] at ``column``."""
+    if column.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, column, axis=2)
+    return jax.vmap(lambda o, n, c: jax.lax.dynamic_update_slice_in_dim(o, n, c, axis=1))(old, new, column)
 
 
 def cached_attention(
@@ -139,11 +153,13 @@ def cached_attention(
 ) -> jax.Array:
     """One query a row against a cache: [B, 1, H, K], [B, J, C, K] twice, [B, C] -> [B, 1, H, K].
 
+    A cache of another dtype than the query is read in the wider of the two.
     scale, softcap: as of ``attention.causal_attention``.
     """
     batch, _, heads, head_dim = query.shape
     grouped = query.reshape(batch, keys.shape[1], -1, head_dim)
     scores = jnp.einsum("bjgk,bjck->bjgc", grouped, keys, preferred_element_type=jnp.float32)
     scores = jnp.where(readable[:, None, None], capped(scores * scale, softcap), MASKED_SCORE)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bjgc,bjck->bjgk", weights, values).reshape(batch, 1, heads, head_dim)
+    weights = jax.nn.softmax(scores, axis=-1).astype(jnp.promote_types(query.dtype, values.dtype))
+    mixed = jnp.einsum("bjgc,bjck->bjgk", weights, values)
+    return mixed.astype(query.dtype).reshape(batch, 1, heads, head_dim)

@@ -1,10 +1,13 @@
 """From logits to the behaviour distribution and a draw from it, as pure functions; imports errors only.
 
 The behaviour distribution is what tokens are really drawn from: softmax of logits / temperature, restricted
-to the top-k and then to the top-p tokens, renormalised. Its log-probabilities are what a rollout carries.
+to the top-k, then to the top-p and then to the min-p tokens, renormalised. A rollout carries its
+log-probabilities beside those of the whole distribution.
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,11 @@ def top_p_mask(logits: jax.Array, p: float) -> jax.Array:
     Nucleus sampling (Holtzman et al. 2020).
     """
     return _heaviest(logits, jax.nn.softmax(logits.astype(jnp.float32), axis=-1), p)
+
+
+def min_p_mask(logits: jax.Array, p: float) -> jax.Array:
+    """[..., V] -> bool: tokens at least p times as probable as the most probable one (Nguyen et al. 2024)."""
+    return logits >= jnp.max(logits, axis=-1, keepdims=True) + math.log(p)
 
 
 def _heaviest(logits: jax.Array, weights: jax.Array, target: float) -> jax.Array:
@@ -47,25 +55,27 @@ def _heaviest(logits: jax.Array, weights: jax.Array, target: float) -> jax.Array
 
 
 def behaviour_logits(
-    logits: jax.Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    logits: jax.Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> jax.Array:
     """[..., V] -> [..., V] float32: logits / temperature, -inf where truncation leaves a token out.
 
-    ``top_k`` 0 and ``top_p`` 1 leave nothing out.
+    ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 leave nothing out.
     """
     scaled = logits.astype(jnp.float32) / temperature
     if 0 < top_k < logits.shape[-1]:
         scaled = jnp.where(top_k_mask(scaled, top_k), scaled, -jnp.inf)
     if top_p < 1.0:
         scaled = jnp.where(top_p_mask(scaled, top_p), scaled, -jnp.inf)
+    if min_p > 0.0:
+        scaled = jnp.where(min_p_mask(scaled, min_p), scaled, -jnp.inf)
     return scaled
 
 
 def behaviour_log_probs(
-    logits: jax.Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    logits: jax.Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> jax.Array:
     """[..., V] -> [..., V] float32 log-probabilities of the behaviour distribution, -inf where it is 0."""
-    kept = behaviour_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    kept = behaviour_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     return kept - jax.nn.logsumexp(kept, axis=-1, keepdims=True)
 
 

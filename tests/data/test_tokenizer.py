@@ -241,3 +241,33 @@ def test_real_gpt2_tokenizer(shared_data):
     # BOS, EOS and padding are one id here: only the ends are dropped.
     assert tk.decode(tokenizer, response_ids) == " No, sorry"
     assert tk.pad_id(tokenizer) == 50256
+
+
+def _joined(pieces, ids):
+    return b"".join(pieces[i] for i in ids).decode("utf-8", "replace")
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text("and :\né猫", min_size=1))
+def test_bytes_of_tokens_join_to_the_text(byte_level, text):
+    pieces = tk.token_bytes(byte_level)
+    assert _joined(pieces, byte_level.backend_tokenizer.encode(text).ids) == text
+    assert pieces[tk.eos_id(byte_level)] == b"<end>"
+    assert pieces[byte_level.get_vocab()["Ġa"]] == b" a"
+
+
+def test_bytes_of_tokens_are_what_a_continuation_adds(shared_data):
+    world = world_tokenizer()
+    vocabulary = world.get_vocab()
+    pieces = tk.token_bytes(world)
+    assert pieces[vocabulary["bold"]] == b" bold"
+    tokenizer = tk.load_tokenizer(_real(shared_data, "models/stories260K"))
+    pieces = tk.token_bytes(tokenizer)
+    assert len(pieces) == 512
+    for ids in np.random.default_rng(0).integers(3, 512, size=(50, 8)).tolist():
+        # After "ha" a text goes on; broken characters are the decoder's own business.
+        whole = tokenizer.decode([300, *ids], clean_up_tokenization_spaces=False)
+        if "\ufffd" not in whole:
+            assert "ha" + _joined(pieces, ids) == whole
+    assert pieces[13] == b"\n"
+    assert _joined(pieces, tokenizer("naïve 猫")["input_ids"][1:]) == " naïve 猫"

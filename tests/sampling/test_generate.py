@@ -62,28 +62,40 @@ def response_logits(params, rollout, new=NEW):
     return logits[:, -new - 1 : -1]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_equal_teacher_forcing(params, sample, temperature):
-    rollout = sample(dataclasses.replace(PLAIN, temperature=temperature))
-    forced = token_log_probs(
-        response_logits(params, rollout), rollout.tokens[:, -NEW:], temperature=temperature
-    )
-    mask = rollout.response_mask
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7},
+        {"greedy": True, "temperature": 0.7},
+        {"top_k": 8, "temperature": 1.3},
+        {"top_p": 0.8},
+        {"min_p": 0.1},
+        {"min_new_tokens": 5},
+        {"temperature": 1.3, "top_k": 8, "top_p": 0.8, "min_p": 0.05, "min_new_tokens": 2},
+        {"temperature": 0.7, "top_k": 5, "greedy": True, "cache_dtype": "float32"},
+    ],
+    ids=str,
+)
+def test_both_log_probs_equal_teacher_forcing(params, sample, options):
+    rollout = sample(SamplingConfig(max_new_tokens=NEW, **options))
+    logits = np.asarray(response_logits(params, rollout))
+    chosen, mask = rollout.tokens[:, -NEW:], rollout.response_mask
+    temperature = options.get("temperature", 1.0)
+    full = np.asarray(token_log_probs(logits, chosen, temperature=temperature))
+    logits = logits.copy()
+    logits[:, : options.get("min_new_tokens", 0), EOS] = -np.inf
+    cuts = {name: options[name] for name in ("top_k", "top_p", "min_p") if name in options}
+    allowed = behaviour_log_probs(jnp.asarray(logits), temperature=temperature, **cuts)
+    forced = np.take_along_axis(np.asarray(allowed), chosen[..., None], axis=2)[..., 0]
     assert mask.sum() > 20
-    np.testing.assert_allclose(rollout.log_probs[mask], np.asarray(forced)[mask], atol=1e-5, rtol=0)
-
-
-def test_truncated_log_probs_equal_the_truncated_distribution(params, sample):
-    sampling = dataclasses.replace(PLAIN, temperature=1.3, top_k=8, top_p=0.8)
-    rollout = sample(sampling)
-    logits = response_logits(params, rollout)
-    truncated = behaviour_log_probs(logits, temperature=1.3, top_k=8, top_p=0.8)
-    chosen = rollout.tokens[:, -NEW:, None]
-    forced = np.take_along_axis(np.asarray(truncated), chosen, axis=2)[..., 0]
-    full = np.asarray(token_log_probs(logits, chosen[..., 0], temperature=1.3))
-    mask = rollout.response_mask
     np.testing.assert_allclose(rollout.log_probs[mask], forced[mask], atol=1e-5, rtol=0)
-    assert np.mean(rollout.log_probs[mask] - full[mask]) > 0.1
+    np.testing.assert_allclose(rollout.policy_log_probs[mask], full[mask], atol=1e-5, rtol=0)
+    np.testing.assert_array_equal(rollout.policy_log_probs[~mask], 0.0)
+    if cuts:
+        assert np.mean(rollout.log_probs[mask] - rollout.policy_log_probs[mask]) > 0.01
+    elif "min_new_tokens" not in options:
+        np.testing.assert_array_equal(rollout.log_probs, rollout.policy_log_probs)
 
 
 def test_greedy_takes_the_most_probable_token_every_time(params, sample):
@@ -185,6 +197,17 @@ def test_a_row_depends_on_its_own_prompt_and_key_alone(sample):
     np.testing.assert_allclose(padded.log_probs, alone.log_probs, atol=1e-5, rtol=0)
 
 
+def test_a_row_takes_its_number_with_it(sample):
+    alone = sample(row_ids=np.array([7, 8, 9, 10], np.int32))
+    order = np.array([2, 0, 3, 1])
+    moved = sample(prompts=PROMPTS[order], mask=MASK[order], row_ids=np.array([7, 8, 9, 10], np.int32)[order])
+    np.testing.assert_array_equal(moved.tokens, alone.tokens[order])
+    np.testing.assert_array_equal(moved.log_probs, alone.log_probs[order])
+    first = sample(row_ids=np.arange(4, dtype=np.int32))
+    np.testing.assert_array_equal(first.tokens, sample().tokens)
+    assert not np.array_equal(first.tokens, alone.tokens)
+
+
 def test_keys_decide_and_rows_with_equal_prompts_differ(sample):
     same = np.repeat(PROMPTS[:1], 4, axis=0)
     full = np.ones((4, 6), bool)
@@ -269,6 +292,9 @@ def test_the_real_checkpoint_tells_its_story(shared_data):
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.5),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("cache_dtype", "float16"),
         ("min_new_tokens", 11),
     ],
 )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from rlhf_jax.sampling.logits import behaviour_log_probs, draw, top_k_mask, top_p_mask
+from rlhf_jax.sampling.logits import behaviour_log_probs, draw, min_p_mask, top_k_mask, top_p_mask
 
 LOGITS = np.random.default_rng(0).normal(size=(6, 40)) * 3.0 - 1.0
 
@@ -39,6 +39,12 @@ def test_top_p_keeps_the_smallest_set_that_holds_p(p):
     np.testing.assert_array_equal(top_p_mask(jnp.asarray(LOGITS), p), expected)
 
 
+@pytest.mark.parametrize("p", [1e-6, 0.05, 0.5, 1.0])
+def test_min_p_keeps_what_is_probable_enough_beside_the_most_probable(p):
+    expected = np.stack([softmax(row) >= p * softmax(row).max() for row in LOGITS])
+    np.testing.assert_array_equal(min_p_mask(jnp.asarray(LOGITS), p), expected)
+
+
 def test_ties_at_the_threshold_stay_together_and_masked_tokens_stay_out():
     logits = jnp.array([[2.0, -jnp.inf, 1.0, 1.0, -0.0, 0.0, -3.0]])
     np.testing.assert_array_equal(top_k_mask(logits, 2)[0], [1, 0, 1, 1, 0, 0, 0])
@@ -48,16 +54,20 @@ def test_ties_at_the_threshold_stay_together_and_masked_tokens_stay_out():
 
 
 @pytest.mark.parametrize(
-    ("temperature", "k", "p"), [(1.0, 0, 1.0), (0.5, 0, 1.0), (1.7, 9, 1.0), (0.8, 12, 0.6)]
+    ("temperature", "k", "p", "least"),
+    [(1.0, 0, 1.0, 0.0), (0.5, 0, 1.0, 0.0), (1.7, 9, 1.0, 0.0), (0.8, 12, 0.6, 0.0), (1.2, 9, 0.9, 0.3)],
 )
-def test_behaviour_is_tempered_then_cut_to_k_then_to_p_and_renormalised(temperature, k, p):
-    actual = behaviour_log_probs(jnp.asarray(LOGITS), temperature=temperature, top_k=k, top_p=p)
+def test_behaviour_is_tempered_then_cut_to_k_then_to_p_then_to_min_p_and_renormalised(
+    temperature, k, p, least
+):
+    actual = behaviour_log_probs(jnp.asarray(LOGITS), temperature=temperature, top_k=k, top_p=p, min_p=least)
     for row, log_probs in zip(LOGITS / temperature, actual, strict=True):
         row = row.copy()
         if k:
             row[np.argsort(-row)[k:]] = -np.inf
         if p < 1:
             row[~nucleus(row, p)] = -np.inf
+        row[softmax(row) < least * softmax(row).max()] = -np.inf
         with np.errstate(divide="ignore"):
             expected = np.log(softmax(row))
         np.testing.assert_allclose(log_probs, expected, atol=2e-6)
