@@ -145,7 +145,7 @@ def masked_mean(x: jax.typing.ArrayLike, mask: jax.typing.ArrayLike, *, axis: in
     1.5
     """
     x, mask = _checked(x, mask)
-    total = jnp.sum(jnp.where(mask, x, 0.0), axis=axis)
+    total = masked_sum(x, mask, axis=axis)
     return total / jnp.maximum(jnp.sum(mask, axis=axis), 1).astype(total.dtype)
 
 
@@ -210,7 +210,7 @@ def token_mean(x: jax.typing.ArrayLike, mask: jax.typing.ArrayLike) -> WeightedS
     3.0
     """
     x, mask = _checked(x, mask, rank=2)
-    return WeightedSum(jnp.sum(jnp.where(mask, x, 0.0)), jnp.sum(mask).astype(x.dtype))
+    return WeightedSum(masked_sum(x, mask), jnp.sum(mask).astype(x.dtype))
 
 
 def sequence_mean_of_token_means(x: jax.typing.ArrayLike, mask: jax.typing.ArrayLike) -> WeightedSum:
@@ -254,7 +254,7 @@ def sequence_mean_of_token_sums(x: jax.typing.ArrayLike, mask: jax.typing.ArrayL
     4.5
     """
     x, mask = _checked(x, mask, rank=2)
-    return WeightedSum(jnp.sum(jnp.where(mask, x, 0.0)), _present_rows(mask, x.dtype))
+    return WeightedSum(masked_sum(x, mask), _present_rows(mask, x.dtype))
 
 
 def fixed_length_mean(x: jax.typing.ArrayLike, mask: jax.typing.ArrayLike, *, length: int) -> WeightedSum:
@@ -276,10 +276,10 @@ def fixed_length_mean(x: jax.typing.ArrayLike, mask: jax.typing.ArrayLike, *, le
     >>> float(fixed_length_mean(loss, mask, length=3).mean())
     1.5
     """
-    x, mask = _checked(x, mask, rank=2)
     if not isinstance(length, jax.Array) and not length > 0:
         raise ValueError(f"length must be a positive number of tokens, got {length!r}")
-    return WeightedSum(jnp.sum(jnp.where(mask, x, 0.0)), _present_rows(mask, x.dtype) * length)
+    sums = sequence_mean_of_token_sums(x, mask)
+    return WeightedSum(sums.total, sums.weight * length)
 
 
 def _present_rows(mask: jax.Array, dtype: jnp.dtype) -> jax.Array:

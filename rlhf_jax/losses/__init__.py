@@ -36,19 +36,21 @@ from rlhf_jax.losses.policy import (
     sequence_clipped_surrogate_loss,
 )
 from rlhf_jax.losses.preference import (
-    bradley_terry_loss,
     dpo_loss,
     hinge_loss,
     implicit_rewards,
     ipo_loss,
     kto_loss,
     orpo_loss,
-    pairwise_ranking_loss,
-    plackett_luce_loss,
     robust_dpo_loss,
     simpo_loss,
 )
 from rlhf_jax.losses.process import process_reward_loss
+from rlhf_jax.losses.reward_modelling import (
+    bradley_terry_loss,
+    pairwise_ranking_loss,
+    plackett_luce_loss,
+)
 from rlhf_jax.losses.value import clipped_value_loss, value_loss
 
 __all__ = [

@@ -1,8 +1,8 @@
 """What the losses refuse, and in which words; imports jax, numpy and masking only.
 
 Shapes, dtypes and ranks are known while tracing, so these checks run once a compilation and cost nothing
-after it. Ranges of hyper-parameters are checked when they are concrete numbers; a traced one (an adaptive
-beta) passes.
+after it. Ranges of hyper-parameters are checked when their value is known, be it a number, a NumPy scalar or a JAX
+array; a traced one (an adaptive beta within `jit`) passes.
 """
 
 from __future__ import annotations
@@ -89,35 +89,39 @@ def rows(name: str, array: jax.Array, like: tuple[str, jax.Array]) -> None:
 
 def positive(name: str, value: float | jax.Array, hint: str = "") -> None:
     """Refuses a concrete number that is not above 0."""
-    if _concrete(name, value) and not value > 0:
-        raise ValueError(f"{name} must be above 0, got {value!r}{hint and '; '}{hint}")
+    known = _known(name, value)
+    if known is not None and not known > 0:
+        raise ValueError(f"{name} must be above 0, got {known}{hint and '; '}{hint}")
 
 
 def non_negative(name: str, value: float | jax.Array) -> None:
     """Refuses a concrete number below 0."""
-    if _concrete(name, value) and not value >= 0:
-        raise ValueError(f"{name} must be 0 or above, got {value!r}")
+    known = _known(name, value)
+    if known is not None and not known >= 0:
+        raise ValueError(f"{name} must be 0 or above, got {known}")
 
 
 def fraction(name: str, value: float | jax.Array) -> None:
     """Refuses a concrete number outside [0, 1]."""
-    if _concrete(name, value) and not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+    known = _known(name, value)
+    if known is not None and not 0 <= known <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {known}")
 
 
 def smoothing(name: str, value: float | jax.Array) -> None:
     """Refuses a concrete share of flipped labels outside [0, 0.5): at one half the labels say nothing."""
-    if _concrete(name, value) and not 0 <= value < 0.5:
-        raise ValueError(
-            f"{name} must be in [0, 0.5), the share of labels taken to be flipped, got {value!r}"
-        )
+    known = _known(name, value)
+    if known is not None and not 0 <= known < 0.5:
+        raise ValueError(f"{name} must be in [0, 0.5), the share of labels taken to be flipped, got {known}")
 
 
-def _concrete(name: str, value: object) -> bool:
-    if isinstance(value, numbers.Real | np.ndarray) and np.ndim(value) == 0:
-        return True
-    if isinstance(value, jax.Array) and value.ndim == 0:
-        return False
+def _known(name: str, value: object) -> object | None:
+    """The value of a hyper-parameter, or None while it is only traced."""
+    if isinstance(value, numbers.Real | np.ndarray | jax.Array) and np.ndim(value) == 0:
+        if isinstance(value, jax.core.Tracer):
+            return None
+        # As NumPy: a comparison of JAX arrays would be traced within `jit`, even of constants.
+        return np.asarray(value) if isinstance(value, jax.Array) else value
     raise TypeError(f"{name} must be a number or a scalar array, got {value!r}")
 
 

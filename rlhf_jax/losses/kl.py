@@ -3,8 +3,7 @@ only.
 
 The estimators k1, k2, k3 (Schulman 2020, "Approximating KL Divergence") average, over tokens sampled from the
 policy, to the reverse KL(pi || pi_ref) in value (k1, k3) or in gradient (k2). With d = log pi - log pi_ref at
-the sampled
-token: k1 = d, k2 = d^2 / 2, k3 = e^-d - 1 + d.
+the sampled token: k1 = d, k2 = d^2 / 2, k3 = e^-d - 1 + d.
 """
 
 from __future__ import annotations
@@ -167,7 +166,8 @@ def kl_penalized_rewards(
 ) -> jax.Array:
     """Per-token rewards of a scored response: minus beta KL on every token, the score on the last one.
 
-    R_t = -beta kl_t + 1[t is the last response token] r(x, y): Ziegler et al. (2019), eq. 2, token by token.
+    R_t = -beta kl_t + 1[t is the last response token] r(x, y): the modified reward R of Ziegler et al. (2019),
+    section 2, token by token.
     The last response token is EOS when there is one. Rewards are constants of the objective: no gradient
     passes.
 

@@ -40,8 +40,8 @@ def token_log_probs(
       temperature: tau, above 0; the one the tokens were sampled with.
 
     Returns:
-      [B, T] float32, nats. NaN with zero gradient where a position's logits hold NaN or +inf, or its target
-      is V or more.
+      [B, T] float32, nats. NaN with zero gradient where a position's logits hold NaN or +inf, or its target is
+      outside [0, V) (-100, say, where a peer marks what it ignores).
 
     Raises:
       TypeError: ``logits`` is not floating or ``targets`` not integer.
@@ -158,7 +158,8 @@ def chunked_token_log_probs(
     Returns:
       log_probs: [B, T] float32, nats.
       entropy: [B, T] float32, nats. Costs nothing when it is not used.
-      Both are NaN, with zero gradient, at a position whose hidden state is not finite.
+      Both are NaN, with zero gradient, at a position whose hidden state is not finite; so are the log_probs of a
+      target outside [0, V).
 
     Raises:
       TypeError: ``hidden`` or ``unembedding`` is not floating, or ``targets`` not integer.
@@ -186,20 +187,23 @@ def chunked_token_log_probs(
     broken = ~jnp.all(jnp.isfinite(hidden), axis=-1)
     states = jnp.where(broken[..., None], 0.0, hidden / temperature)
     states, unembedding = _varying_alike(states, unembedding)
-    flat = states.reshape(-1, states.shape[-1]), unembedding, targets.reshape(-1)
+    outside = ~_is_token(targets, unembedding.shape[0])
+    flat = states.reshape(-1, states.shape[-1]), unembedding, jnp.where(outside, 0, targets).reshape(-1)
     log_probs, entropy = (x.reshape(targets.shape) for x in _blocked(*flat, cap, blocks))
-    return jnp.where(broken, jnp.nan, log_probs), jnp.where(broken, jnp.nan, entropy)
+    return jnp.where(broken | outside, jnp.nan, log_probs), jnp.where(broken, jnp.nan, entropy)
 
 
 # The two functions below have their derivatives written out: one [B, T, V] array is kept for the backward pass, and a
-# position whose normaliser is not finite (NaN or +inf among its logits, or nothing but -inf) has value NaN, slope 0.
+# position whose normaliser is not finite (NaN or +inf among its logits, or nothing but -inf) or whose target is no
+# token has value NaN, slope 0.
 
 
 @jax.custom_jvp
 def _log_prob_of_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """[B, T, V], [B, T] -> [B, T]."""
     shifted, _, total = _softmax_parts(logits)
-    return jnp.where(jnp.isfinite(total), _at(shifted, targets) - jnp.log(total), jnp.nan)[..., 0]
+    usable = jnp.isfinite(total) & _is_token(targets, logits.shape[-1])[..., None]
+    return jnp.where(usable, _at(shifted, targets) - jnp.log(total), jnp.nan)[..., 0]
 
 
 @_log_prob_of_target.defjvp
@@ -207,7 +211,7 @@ def _log_prob_of_target_jvp(primals, tangents):
     """d log p(y) / dz_v = 1[v = y] - p(v)."""
     (logits, targets), (tangent, _) = primals, tangents
     _, weights, total = _softmax_parts(logits)
-    usable = jnp.isfinite(total)
+    usable = jnp.isfinite(total) & _is_token(targets, logits.shape[-1])[..., None]
     weights, total = jnp.where(usable, weights, 0.0), jnp.where(usable, total, 1.0)
     slope = (
         jnp.where(usable, _at(tangent, targets), 0.0)
@@ -236,8 +240,13 @@ def _entropy_jvp(primals, tangents):
 
 
 def _at(values: jax.Array, targets: jax.Array) -> jax.Array:
-    """[B, T, V], [B, T] -> [B, T, 1]; NaN where a target is V or more."""
+    """[B, T, V], [B, T] -> [B, T, 1]; anything where a target is no token."""
     return jnp.take_along_axis(values, targets[..., None], axis=-1)
+
+
+def _is_token(targets: jax.Array, vocabulary: int) -> jax.Array:
+    """False at ids that JAX would wrap around or fill in for: those outside [0, V)."""
+    return (targets >= 0) & (targets < vocabulary)
 
 
 def _softmax_parts(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -203,7 +203,7 @@ def reward_weighted_loss(
     """`advantage_weighted_loss` without a baseline: the reward itself is the exponent.
 
     -min(exp(r / temperature), max_weight) log pi(y): Peters & Schaal (2007)'s reward-weighted regression, in
-    the form of Peng et al. (2019), section 2. On samples of pi_ref its minimiser is pi_ref exp(r /
+    the form that Peng et al. (2019) give it. On samples of pi_ref its minimiser is pi_ref exp(r /
     temperature) / Z.
 
     Args:

@@ -1,7 +1,7 @@
-"""Learning from comparisons: reward models and direct preference optimisation; imports jax, masking and
-checks only.
+"""Direct preference optimisation, comparisons straight into a policy; imports jax, masking, checks and
+reward_modelling only.
 
-The direct losses compare implicit rewards. Their four inputs are log-probabilities of whole responses, summed
+The losses compare implicit rewards. Their four inputs are log-probabilities of whole responses, summed
 over tokens (`sequence_log_probs`) unless a docstring says mean; Delta below is (policy_chosen - ref_chosen) -
 (policy_rejected - ref_rejected). The reference is held constant everywhere.
 """
@@ -12,135 +12,22 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import checks
+from rlhf_jax.losses.reward_modelling import noisy_cross_entropy
 from rlhf_jax.masking import elementwise
 
 __all__ = [
-    "bradley_terry_loss",
     "dpo_loss",
     "hinge_loss",
     "implicit_rewards",
     "ipo_loss",
     "kto_loss",
     "orpo_loss",
-    "pairwise_ranking_loss",
-    "plackett_luce_loss",
     "robust_dpo_loss",
     "simpo_loss",
 ]
 
 CERTAINTY_GAP = 1e-6
 """ORPO's odds p / (1 - p) are cut where log p is this close to 0: a certain response has finite odds."""
-
-
-def bradley_terry_loss(
-    chosen_rewards: jax.typing.ArrayLike,
-    rejected_rewards: jax.typing.ArrayLike,
-    *,
-    margin: float | jax.Array = 0.0,
-    label_smoothing: float = 0.0,
-    centering: float = 0.0,
-) -> jax.Array:
-    """Negative log-likelihood that the chosen response wins, under Bradley-Terry.
-
-    -(1 - eps) log sigmoid(d) - eps log sigmoid(-d) + c (r_w + r_l)^2, d = r_w - r_l - margin: Rafailov et al.
-    (2023), eq. 2; the margin is Touvron et al. (2023)'s eq. 2, the centering Eisenstein et al. (2023)'s. Only
-    differences of rewards matter to the first two terms, so a model is recovered up to one constant, which
-    centering pins.
-
-    Args:
-      chosen_rewards: [B] float, r_w.
-      rejected_rewards: [B] float, r_l, of the other response to the same prompt.
-      margin: a number or [B] float, how much better the chosen one should be; held constant.
-      label_smoothing: eps in [0, 0.5), the share of labels taken to be flipped.
-      centering: c, at least 0, the pull of the pair's rewards towards mean 0 (0.01 is usual).
-
-    Returns:
-      [B] float32, nats a pair.
-
-    Raises:
-      TypeError: rewards are not floating.
-      ValueError: wrong rank, shapes that differ, or a number outside its range.
-
-    >>> bradley_terry_loss(jnp.array([1.0]), jnp.array([0.0]))
-    Array([0.3132...], dtype=float32)
-    """
-    chosen = checks.floating("chosen_rewards", chosen_rewards, "B")
-    rejected = checks.floating("rejected_rewards", rejected_rewards, like=("chosen_rewards", chosen))
-    checks.smoothing("label_smoothing", label_smoothing)
-    checks.non_negative("centering", centering)
-    margins = checks.number_or_rows("margin", margin, ("chosen_rewards", chosen))
-
-    def loss(chosen: jax.Array, rejected: jax.Array, margin: jax.Array) -> jax.Array:
-        return _smoothed(chosen - rejected - margin, label_smoothing) + centering * jnp.square(
-            chosen + rejected
-        )
-
-    return elementwise(loss, chosen, rejected, jax.lax.stop_gradient(margins))
-
-
-def pairwise_ranking_loss(
-    rewards: jax.typing.ArrayLike, ranks: jax.typing.ArrayLike, mask: jax.typing.ArrayLike
-) -> jax.Array:
-    """Bradley-Terry over every ordered pair of a prompt's ranked responses, averaged per prompt.
-
-    -(1 / pairs) sum_{i ranked before j} log sigmoid(r_i - r_j): Ouyang et al. (2022), eq. 1. Averaging within
-    the prompt keeps one with K responses from weighing K (K - 1) / 2 times as much as one with two.
-
-    Args:
-      rewards: [N, K] float, one reward a response.
-      ranks: [N, K] int or float, smaller is better; responses of equal rank make no pair. Held constant.
-      mask: [N, K] bool, True where there is a response.
-
-    Returns:
-      [N] float32, nats a pair; 0 for a prompt without a pair.
-
-    Raises:
-      TypeError: ``rewards`` is not floating or ``mask`` not boolean.
-      ValueError: wrong rank, or shapes that differ.
-
-    >>> ranks, mask = jnp.array([[1, 2, 2]]), jnp.ones((1, 3), bool)
-    >>> pairwise_ranking_loss(jnp.array([[1.0, 0.0, 0.0]]), ranks, mask)
-    Array([0.3132...], dtype=float32)
-    """
-    rewards, ranks, mask = _checked_ranking(rewards, ranks, mask)
-    is_pair = mask[:, :, None] & mask[:, None, :] & (ranks[:, :, None] < ranks[:, None, :])
-    losses = jax.nn.softplus(rewards[:, None, :] - rewards[:, :, None])
-    pairs = jnp.sum(is_pair, axis=(1, 2)).astype(rewards.dtype)
-    return jnp.sum(jnp.where(is_pair, losses, 0.0), axis=(1, 2)) / jnp.maximum(pairs, 1.0)
-
-
-def plackett_luce_loss(
-    rewards: jax.typing.ArrayLike, ranks: jax.typing.ArrayLike, mask: jax.typing.ArrayLike
-) -> jax.Array:
-    """Negative log-likelihood of a whole ranking: the best is drawn by softmax, then the best of the rest,
-    and so on.
-
-    -sum_k (r_(k) - log sum_{j >= k} exp r_(j)), r_(k) the reward of the response ranked k-th: Luce (1959),
-    Plackett (1975); Rafailov et al. (2023), appendix A.3. Two responses make it `bradley_terry_loss`. Responses of
-    equal rank all compete in each other's sums (Breslow's rule).
-
-    Args:
-      rewards: [N, K] float, one reward a response.
-      ranks: [N, K] int or float, smaller is better. Held constant.
-      mask: [N, K] bool, True where there is a response.
-
-    Returns:
-      [N] float32, nats a ranking; 0 for a prompt with fewer than two responses.
-
-    Raises:
-      TypeError: ``rewards`` is not floating or ``mask`` not boolean.
-      ValueError: wrong rank, or shapes that differ.
-
-    >>> ranks, mask = jnp.array([[1, 3, 2]]), jnp.ones((1, 3), bool)
-    >>> plackett_luce_loss(jnp.array([[0.0, 0.0, 0.0]]), ranks, mask)  # log 3!
-    Array([1.791...], dtype=float32)
-    """
-    rewards, ranks, mask = _checked_ranking(rewards, ranks, mask)
-    competes = mask[:, None, :] & (ranks[:, None, :] >= ranks[:, :, None])
-    competes |= jnp.eye(rewards.shape[1], dtype=bool)[None]  # a masked row keeps itself: log 1 = 0, no log 0
-    remaining = jnp.broadcast_to(rewards[:, None, :], competes.shape)
-    terms = jax.nn.logsumexp(jnp.where(competes, remaining, -jnp.inf), axis=2) - rewards
-    return jnp.sum(jnp.where(mask, terms, 0.0), axis=1)
 
 
 def implicit_rewards(
@@ -206,7 +93,7 @@ def dpo_loss(
     """
     checks.smoothing("label_smoothing", label_smoothing)
     return _of_delta(
-        lambda delta: _smoothed(beta * delta, label_smoothing),
+        lambda delta: noisy_cross_entropy(beta * delta, label_smoothing),
         policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta,
     )  # fmt: skip
 
@@ -299,8 +186,8 @@ def hinge_loss(
 ) -> jax.Array:
     """A margin on the log-ratio gap: pairs apart by 1 / beta cost nothing.
 
-    max(0, 1 - beta Delta): the calibration loss of SLiC-HF (Zhao et al. 2023, eq. 1) on log-ratios, as Liu et
-    al. (2024) normalise it.
+    max(0, 1 - beta Delta): the rank calibration loss of SLiC-HF (Zhao et al. 2023) on log-ratios, the hinge-norm
+    loss of RSO (Liu et al. 2024).
 
     Args:
       policy_chosen: [B] float, log pi(y_w | x), nats, summed over response tokens.
@@ -330,7 +217,7 @@ def simpo_loss(
     policy_rejected_mean: jax.typing.ArrayLike,
     *,
     beta: float | jax.Array,
-    margin: float | jax.Array,
+    margin: jax.typing.ArrayLike,
 ) -> jax.Array:
     """Preferences on length-normalised log-probabilities, with a target margin and no reference.
 
@@ -341,7 +228,7 @@ def simpo_loss(
       policy_chosen_mean: [B] float, nats a token (`sequence_mean_log_probs`).
       policy_rejected_mean: [B] float, nats a token.
       beta: above 0 (2.0 to 2.5 in the paper).
-      margin: gamma, in units of reward (0.5 to 1.6 in the paper).
+      margin: gamma, a number or [B] float, in units of reward (0.5 to 1.5 in the paper); held constant.
 
     Returns:
       [B] float32, nats a pair.
@@ -355,8 +242,12 @@ def simpo_loss(
     """
     checks.positive("beta", beta)
     chosen, rejected = _checked_means(policy_chosen_mean, policy_rejected_mean)
+    margins = checks.number_or_rows("margin", margin, ("policy_chosen_mean", chosen))
     return elementwise(
-        lambda chosen, rejected: jax.nn.softplus(margin - beta * (chosen - rejected)), chosen, rejected
+        lambda chosen, rejected, margin: jax.nn.softplus(margin - beta * (chosen - rejected)),
+        chosen,
+        rejected,
+        jax.lax.stop_gradient(margins),
     )
 
 
@@ -374,7 +265,7 @@ def orpo_loss(
     Args:
       policy_chosen_mean: [B] float, nats a token, at most 0.
       policy_rejected_mean: [B] float, nats a token, at most 0.
-      weight: lambda, above 0 (0.1 in the paper).
+      weight: lambda, above 0 (0.1 to 0.25 in the paper).
 
     Returns:
       [B] float32.
@@ -449,10 +340,6 @@ def kto_loss(
     return elementwise(loss, policy, ref, jax.lax.stop_gradient(baseline))
 
 
-def _smoothed(logit: jax.Array, label_smoothing: float) -> jax.Array:
-    return (1.0 - label_smoothing) * jax.nn.softplus(-logit) + label_smoothing * jax.nn.softplus(logit)
-
-
 def _of_delta(loss, policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta) -> jax.Array:
     """A loss of Delta, after checking the five arguments that the direct losses share."""
     chosen = checks.floating("policy_chosen", policy_chosen, "B")
@@ -470,14 +357,3 @@ def _checked_means(
 ) -> tuple[jax.Array, jax.Array]:
     chosen = checks.floating("policy_chosen_mean", chosen, "B")
     return chosen, checks.floating("policy_rejected_mean", rejected, like=("policy_chosen_mean", chosen))
-
-
-def _checked_ranking(rewards, ranks, mask) -> tuple[jax.Array, jax.Array, jax.Array]:
-    rewards = checks.floating("rewards", rewards, "N K")
-    mask = checks.boolean("mask", mask, ("rewards", rewards))
-    ranks = jnp.asarray(ranks)
-    if ranks.shape != rewards.shape:
-        raise ValueError(
-            f"ranks must have the shape of rewards, {list(rewards.shape)}, got {list(ranks.shape)}"
-        )
-    return jnp.where(mask, rewards, 0.0), jax.lax.stop_gradient(ranks), mask

@@ -1,5 +1,7 @@
 """What every loss promises whatever its formula: transformations, constants, masks, rows, refusals."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -175,7 +177,7 @@ def test_rows_do_not_influence_each_other(case):
 def test_nan_under_the_mask_reaches_nothing(case):
     """Poison whatever is masked out, in every float argument: value and gradient stay bit for bit."""
     mask = case.arrays[case.mask] if case.mask is not None else None
-    rows, width = len(case.arrays[0]), case.arrays[0].shape[-1]
+    rows = len(case.arrays[0])
     by_row = mask is None and jax.tree.leaves(case.function(*case.arrays))[0].ndim == 1
     if mask is None and case.name.endswith("_advantages"):
         pytest.skip("a group has no mask")
@@ -188,7 +190,7 @@ def test_nan_under_the_mask_reaches_nothing(case):
         return np.where(mask.reshape(mask.shape + (1,) * (a.ndim - mask.ndim)), a, np.float32(np.nan))
 
     poisoned = [poison(a, i) for i, a in enumerate(case.arrays)]
-    assert any(np.isnan(a).any() for a in poisoned if a.dtype == np.float32), width
+    assert any(np.isnan(a).any() for a in poisoned if a.dtype == np.float32)
 
     def total(arrays):
         def of(*differentiated):
@@ -314,14 +316,21 @@ HYPER = {
 }
 
 
-def test_hyper_parameters_out_of_range_are_refused(case):
-    for name, values in HYPER.items():
-        for value in values if name in case.hyper else ():
-            with pytest.raises(ValueError, match=rf"^{name} must be"):
-                jax.eval_shape(
-                    lambda *arrays, name=name, value=value: case.function(*arrays, **{name: value}),
-                    *case.arrays,
-                )
+def test_every_hyper_parameter_has_a_range_or_is_free(cases):
+    free = {"margin"}  # any number
+    assert {name for case in cases.values() for name in case.hyper} == set(HYPER) | free
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, jnp.float32], ids=["python", "numpy", "jax"])
+def test_hyper_parameters_out_of_range_are_refused(case, kind):
+    """While tracing, whatever type the number comes in."""
+    given = [(name, value) for name in case.hyper for value in HYPER.get(name, ())]
+    if not given:
+        pytest.skip("no hyper-parameter with a range")
+    for name, value in given:
+        call = functools.partial(case.function, **{name: kind(value)})
+        with pytest.raises(ValueError, match=rf"^{name} must be"):
+            jax.eval_shape(call, *case.arrays)
 
 
 def test_traced_hyper_parameters_are_taken(case):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import losses
 
@@ -74,6 +75,30 @@ def test_adaptive_beta():
     assert float(traced) == pytest.approx(0.1 * 1.01, rel=1e-6) and traced.dtype == jnp.float32
     many = jax.vmap(lambda kl: losses.adaptive_beta(0.1, kl, **options))(jnp.array([6.0, 100.0]))
     np.testing.assert_allclose(many, [0.1, 0.102], rtol=1e-6)
+
+
+def test_adaptive_beta_under_every_transformation():
+    """Eight leashes, eight observed KLs: one a device, one a row, one a step; and a constant of the objective."""
+    betas = jnp.linspace(0.05, 0.4, 8)
+    seen = jnp.linspace(0.0, 14.0, 8)
+    expected = np.array(betas) * (1 + np.clip(np.array(seen) / 6.0 - 1, -0.2, 0.2) * 0.1)
+
+    def update(beta, kl):
+        return losses.adaptive_beta(beta, kl, target=6.0, horizon=1000, batch_size=100)
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    by_device = jax.shard_map(
+        lambda b, kl: update(b[0], kl[0])[None], mesh=mesh, in_specs=P("data"), out_specs=P("data")
+    )
+    _, by_step = jax.lax.scan(lambda c, x: (c, jax.checkpoint(update)(*x)), None, (betas, seen))
+    for ours in (
+        jax.vmap(update)(betas, seen),
+        jax.pmap(update)(betas, seen),
+        by_device(betas, seen),
+        by_step,
+    ):
+        np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    assert jax.grad(update, (0, 1))(0.1, 6.5) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("name", ["beta", "target", "horizon", "batch_size"])

@@ -77,6 +77,28 @@ def test_an_unusable_position_says_so_and_pulls_nothing(poison):
         assert np.abs(gradient[0, 1]).max() > 0.1
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1, 2, 4], ids=["plain", "1", "2", "4"])
+def test_a_target_that_is_no_token_says_so_and_pulls_nothing(chunk_size):
+    """V, -1 and -100 are not wrapped around to some other token: NaN, gradient 0, and the position beside untouched."""
+    rng = np.random.default_rng(3)
+    hidden, unembedding = rng.standard_normal((1, 4, 3)), rng.standard_normal((5, 3))
+    hidden, unembedding = hidden.astype(np.float32), unembedding.astype(np.float32)
+    targets = np.array([[2, 5, -1, -100]])
+
+    def log_probs(h, targets):
+        if chunk_size is None:
+            return losses.token_log_probs(h @ unembedding.T, targets)
+        return losses.chunked_token_log_probs(h, unembedding, targets, chunk_size=chunk_size)[0]
+
+    values, pull = jax.vjp(lambda h: log_probs(h, targets), hidden)
+    np.testing.assert_array_equal(np.isnan(values[0]), [False, True, True, True])
+    (gradient,) = pull(jnp.ones((1, 4)))
+    np.testing.assert_array_equal(gradient[0, 1:], 0.0)
+    alone, pull_alone = jax.vjp(lambda h: log_probs(h, targets[:, :1]), hidden[:, :1])
+    assert float(values[0, 0]) == pytest.approx(float(alone[0, 0]), rel=1e-6)
+    np.testing.assert_allclose(gradient[:, :1], pull_alone(jnp.ones((1, 1)))[0], rtol=1e-5)
+
+
 B, T, D, V = 3, 5, 8, 37
 
 
@@ -185,5 +207,7 @@ def test_refusals(head):
         losses.token_log_probs(np.zeros((1, 2, 3), np.float32), np.zeros((1, 2), np.float32))
     with pytest.raises(ValueError, match=r"targets must have shape \[1, 2\], got \[2, 1\]"):
         losses.token_log_probs(np.zeros((1, 2, 3), np.float32), np.zeros((2, 1), np.int32))
+    with pytest.raises(ValueError, match="softcap must be above 0, got 0.0"):
+        losses.chunked_token_log_probs(hidden, unembedding, targets, chunk_size=4, softcap=0.0)
     with pytest.raises(TypeError, match="temperature must be a number"):
         losses.token_entropy(np.zeros((1, 2, 3), np.float32), temperature="hot")

@@ -1,4 +1,4 @@
-"""Preference losses: worked by hand, and the limits that tie one to another."""
+"""Direct preference losses: worked by hand, and the limits that tie one to another."""
 
 import jax
 import numpy as np
@@ -14,12 +14,6 @@ def one(x):
 
 
 BY_HAND = {
-    "bradley_terry": (lambda: losses.bradley_terry_loss(one(2.0), one(1.0)), np.log(1 + np.exp(-1))),
-    "bradley_terry, margin": (lambda: losses.bradley_terry_loss(one(2.0), one(1.0), margin=1.0), np.log(2)),
-    "bradley_terry, centred": (
-        lambda: losses.bradley_terry_loss(one(1.0), one(1.0), centering=0.01),
-        np.log(2) + 0.04,
-    ),
     "dpo at the reference": (
         lambda: losses.dpo_loss(one(-3.0), one(-5.0), one(-3.0), one(-5.0), beta=0.1),
         np.log(2),
@@ -53,57 +47,6 @@ def test_by_hand(name):
     assert float(value()[0]) == pytest.approx(expected, rel=1e-6, abs=1e-7)
 
 
-def test_margin_a_row():
-    losses_of_two = losses.bradley_terry_loss(
-        np.ones(2, np.float32), np.zeros(2, np.float32), margin=one(1.0).repeat(2)
-    )
-    np.testing.assert_allclose(losses_of_two, np.log(2), rtol=1e-6)
-    with pytest.raises(ValueError, match=r"margin must have the shape of chosen_rewards, \[2\], got \[3\]"):
-        losses.bradley_terry_loss(
-            np.ones(2, np.float32), np.zeros(2, np.float32), margin=np.ones(3, np.float32)
-        )
-
-
-def test_a_whole_number_is_a_margin():
-    assert float(losses.bradley_terry_loss(one(2.0), one(1.0), margin=1)[0]) == pytest.approx(np.log(2))
-
-
-def test_a_pair_is_a_ranking_of_two():
-    rewards = np.array([[0.3, -1.2], [2.0, 2.5]], np.float32)
-    ranks, mask = np.array([[0, 1], [0, 1]]), np.ones((2, 2), bool)
-    expected = losses.bradley_terry_loss(rewards[:, 0], rewards[:, 1])
-    np.testing.assert_allclose(losses.pairwise_ranking_loss(rewards, ranks, mask), expected, rtol=1e-6)
-    np.testing.assert_allclose(losses.plackett_luce_loss(rewards, ranks, mask), expected, rtol=1e-6)
-
-
-def test_a_prompt_with_many_pairs_weighs_as_much_as_one_with_one():
-    """K = 4 and K = 2 with every gap equal to zero: log 2 each, not six times log 2."""
-    rewards, ranks = np.zeros((2, 4), np.float32), np.tile(np.arange(4), (2, 1))
-    mask = np.array([[True] * 4, [True, True, False, False]])
-    np.testing.assert_allclose(losses.pairwise_ranking_loss(rewards, ranks, mask), np.log(2), rtol=1e-6)
-    np.testing.assert_allclose(
-        losses.plackett_luce_loss(rewards, ranks, mask), np.log([24.0, 2.0]), rtol=1e-6
-    )
-
-
-def test_ties_make_no_pair():
-    rewards, mask = np.array([[3.0, -1.0, 0.5]], np.float32), np.ones((1, 3), bool)
-    assert float(losses.pairwise_ranking_loss(rewards, np.zeros((1, 3), np.int32), mask)[0]) == 0.0
-    tied = float(losses.pairwise_ranking_loss(rewards, np.array([[0, 1, 1]]), mask)[0])
-    assert tied == pytest.approx((np.log1p(np.exp(-4.0)) + np.log1p(np.exp(-2.5))) / 2, rel=1e-6)
-
-
-def test_only_differences_matter():
-    """Adding a constant to every reward changes no ranking loss, and its gradient sums to nothing."""
-    rng = np.random.default_rng(0)
-    rewards = rng.standard_normal((5, 4)).astype(np.float32)
-    ranks, mask = np.tile(rng.permutation(4), (5, 1)), np.ones((5, 4), bool)
-    for loss in (losses.pairwise_ranking_loss, losses.plackett_luce_loss):
-        np.testing.assert_allclose(loss(rewards + 3, ranks, mask), loss(rewards, ranks, mask), rtol=1e-5)
-        gradient = jax.grad(lambda r, loss=loss: loss(r, ranks, mask).sum())(rewards)
-        np.testing.assert_allclose(gradient.sum(1), 0.0, atol=1e-6)
-
-
 def test_robust_dpo_without_noise_is_dpo():
     rng = np.random.default_rng(1)
     four = rng.standard_normal((4, 6)).astype(np.float32)
@@ -132,3 +75,17 @@ def test_a_certain_response_has_finite_odds():
     assert float(losses.orpo_loss(np.log(one(0.5)), ZERO, weight=1.0)[0]) == pytest.approx(
         np.log(1e6), rel=1e-4
     )
+
+
+def test_a_margin_a_row():
+    """SimPO's margin may differ from pair to pair; it is part of the objective, so it gets no gradient."""
+    chosen, rejected = np.array([-1.0, -1.0], np.float32), np.array([-2.0, -2.0], np.float32)
+    margins = np.array([2.0, 0.0], np.float32)
+    ours = losses.simpo_loss(chosen, rejected, beta=2.0, margin=margins)
+    np.testing.assert_allclose(ours, [np.log(2), np.log1p(np.exp(-2.0))], rtol=1e-6)
+    gradient = jax.grad(lambda m: losses.simpo_loss(chosen, rejected, beta=2.0, margin=m).sum())(margins)
+    np.testing.assert_array_equal(gradient, 0.0)
+    with pytest.raises(
+        ValueError, match=r"margin must have the shape of policy_chosen_mean, \[2\], got \[3\]"
+    ):
+        losses.simpo_loss(chosen, rejected, beta=2.0, margin=np.ones(3, np.float32))
