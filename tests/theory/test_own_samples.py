@@ -69,7 +69,7 @@ def test_one_round_of_rft_is_best_of_n_and_k_rounds_are_best_of_n_to_the_k(world
 
 
 def test_the_limit_of_rft_is_the_best_response_whatever_the_step(world, minimise):
-    """One update a round, as the stage does: p = best-of-n(p) holds for point masses alone, and the best one attracts."""
+    """One update a round, as the stage does: only point masses are their own best-of-n, and the best one attracts."""
     loss = imitate_the_best(world, 2)
     logits = minimise(lambda new, _: loss(new, new), world.reference, steps=400, rate=0.1)
     assert float(world.probabilities(logits)[np.argmax(world.rewards)]) > 1 - EXACT
