@@ -90,7 +90,7 @@ def run(
     judge = policies.Judge(
         model=reference.config,
         reference={"decoder": reference.params["decoder"]},
-        reward=rollouts.model_reward(reward, rollouts.Scoring()),
+        reward=rollouts.model_reward(reward, rollouts.Scoring()).of_rows,
         gold=rollouts.gold_reward(config.data, reference.tokenizer),
         tokenizer=reference.tokenizer,
     )

@@ -49,6 +49,7 @@ class Config:
     reward of a response that never ended; None keeps it. early_stop_kl: an iteration's updates end once
     KL(old || new) per token exceeds it; 0 never. rounds: up to so many times the prompts are sampled until every
     group has a spread (DAPO); 1 takes groups as they come. temperature: of sampling, and of every log-prob.
+    stop_when: what ends the run before its schedule.
     num_eval_prompts: held-out prompts sampled at every evaluation; eval_responses_per_prompt: responses to each.
 
     GRPO is the default. RLOO: baseline "leave_one_out", scale_advantages False, kl_in "reward", reduction
@@ -83,6 +84,7 @@ class Config:
     early_stop_kl: float = 0.0
     rounds: int = 1
     temperature: float = 1.0
+    stop_when: rollouts.StopWhen = dataclasses.field(default_factory=rollouts.StopWhen)
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
 

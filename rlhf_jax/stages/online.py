@@ -177,7 +177,7 @@ def train(
     Args:
       run: the open run.
       config: the stage's config; ``seed``, ``data``, ``optimizer``, ``schedule``, ``batch_size``, ``num_epochs``,
-        ``num_minibatches``, ``num_microbatches`` and ``sampling`` are read.
+        ``num_minibatches``, ``num_microbatches``, ``stop_when`` and ``sampling`` are read.
       method: see ``Method``.
       model: the start, which is also the frozen reference.
       params: what is trained; copied, because an update donates its own.
@@ -190,7 +190,7 @@ def train(
     """
     check_split(config, run.mesh, group_size=method.group_size)
     gold = rollouts.gold_reward(config.data, model.tokenizer)
-    evaluate = rollouts.make_evaluate(run, config, model, held_out, reward=reward.of_rows, gold=gold)
+    evaluate = rollouts.make_evaluate(run, config, model, held_out, reward=reward, gold=gold)
     optimizer = make_optimizer(
         config.optimizer, config.schedule.num_steps * config.num_epochs * config.num_minibatches
     )
@@ -241,6 +241,7 @@ def train(
             stop=run.stop,
             evaluate=lambda state: evaluate(method.policy_of(state.train.params)),
             skipped_updates=lambda state: state.train.skipped,
+            enough=config.stop_when,
         )
     finally:
         progress.close()

@@ -53,7 +53,8 @@ class Config:
     value_coefficient: weight of the value loss. entropy_coefficient: weight of an entropy bonus.
     missing_eos_score: replaces the reward of a response that never ended; None keeps it. early_stop_kl: an
     iteration's updates end once KL(old || new) per token exceeds it; 0 never. temperature: of sampling, and of every
-    log-prob; nothing is truncated, so that samples come from the very policy that is scored. num_eval_prompts:
+    log-prob; nothing is truncated, so that samples come from the very policy that is scored. stop_when: what ends the
+    run before its schedule. num_eval_prompts:
     held-out prompts sampled at every evaluation. eval_responses_per_prompt: responses to each of them; more than
     one where prompts are few.
     """
@@ -80,6 +81,7 @@ class Config:
     missing_eos_score: float | None = None
     early_stop_kl: float = 0.0
     temperature: float = 1.0
+    stop_when: rollouts.StopWhen = dataclasses.field(default_factory=rollouts.StopWhen)
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
 
@@ -252,7 +254,7 @@ def run(
         },
         encoded=encoded,
         held_out=held_out,
-        reward=rollouts.Reward(of_rows=rollouts.model_reward(reward, config.scoring)),
+        reward=rollouts.model_reward(reward, config.scoring),
     )
     leave_handoff(
         run_,

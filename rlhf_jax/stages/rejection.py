@@ -41,9 +41,10 @@ class Config:
     the best of each group (RFT); "advantage" weighs by exp of the reward beyond the group's mean (AWR); "reward" by exp
     of the reward (RWR); "distribution" by the importance of the leashed optimum (GDC). min_score: with "best", a
     response below it is not imitated even if it is the best; None imitates them all. weight_temperature: divides
-    rewards before exp, the leash's beta; max_weight: the largest weight. missing_eos_score: replaces the reward of a
-    response that never ended; None keeps it. temperature: of sampling, and of every log-prob. num_eval_prompts:
-    held-out prompts sampled at every evaluation; eval_responses_per_prompt: responses to each.
+    rewards before exp, the leash's beta; max_weight: the largest weight. stop_when: what ends the run before its
+    schedule. missing_eos_score: replaces the reward of a response that never ended; None keeps it. temperature: of
+    sampling, and of every log-prob. num_eval_prompts: held-out prompts sampled at every evaluation;
+    eval_responses_per_prompt: responses to each.
     """
 
     seed: int = 0
@@ -63,6 +64,7 @@ class Config:
     max_weight: float = 20.0
     missing_eos_score: float | None = None
     temperature: float = 1.0
+    stop_when: rollouts.StopWhen = dataclasses.field(default_factory=rollouts.StopWhen)
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
 

@@ -136,6 +136,26 @@ def make_rollout(run: Run, model: Model, sampling: SamplingConfig) -> Callable[.
     return rollout
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StopWhen:
+    """What ends a run at an evaluation, before its schedule does; the policy of that evaluation is what it leaves.
+
+    kl_above: nats a response to the initial policy; 0: never. alarm: the members of the ensemble that is optimised
+    disagree more than on the initial policy's responses (``ensembles.is_raised``); needs 100 held-out responses.
+    """
+
+    kl_above: float = 0.0
+    alarm: bool = False
+
+    def __post_init__(self) -> None:
+        check_range(self, "kl_above", at_least=0)
+
+    def __call__(self, found: Mapping[str, float]) -> bool:
+        """Whether the numbers of an evaluation end the run."""
+        too_far = self.kl_above > 0 and found["eval/kl"] > self.kl_above
+        return too_far or (self.alarm and found["eval/alarm"] > 0)
+
+
 RewardKind = Literal["model", "answer", "process"]
 
 
@@ -160,27 +180,39 @@ class Reward:
     """What a stage optimises.
 
     of_rows: one number a response. of_steps: of a process reward model ``of_steps(rollout) -> (scores [B, R] float32 at
-    the tokens that end steps, where they end [B, R])``; None for every other reward.
+    the tokens that end steps, where they end [B, R])``; None for every other reward. of_members: of an ensemble, the
+    scores of each member [E, B]; None for every other reward.
     """
 
     of_rows: RowReward
     of_steps: Callable[[Rollout], tuple[jax.Array, jax.Array]] | None = None
+    of_members: Callable[[Rollout], jax.Array] | None = None
 
 
-def model_reward(reward: Model, scoring: Scoring) -> RowReward:
+def model_reward(reward: Model, scoring: Scoring) -> Reward:
     """The frozen reward model of a run, or an ensemble, its scores shifted by the offset that the run stored."""
     if "ensemble_offsets" not in reward.facts:
-        return policies.model_reward(reward.config, reward.params, float(reward.facts["reward_offset"]))
+        offset = float(reward.facts["reward_offset"])
+        return Reward(of_rows=policies.model_reward(reward.config, reward.params, offset))
     aggregate = {
         "mean": ensembles.mean_score,
         "worst_case": ensembles.worst_case_score,
         "mean_minus_variance": functools.partial(ensembles.mean_minus_variance, penalty=scoring.penalty),
     }[scoring.members]
     offsets = jnp.asarray(reward.facts["ensemble_offsets"], jnp.float32)
-    score = jax.jit(
-        lambda params, rollout: aggregate(ensembles.score(reward.config, params, rollout, offsets=offsets))
+
+    @jax.jit
+    def of_members(params, rollout):
+        return ensembles.score(reward.config, params, rollout, offsets=offsets)
+
+    @jax.jit
+    def of_rows(params, rollout):
+        return aggregate(of_members(params, rollout))
+
+    return Reward(
+        of_rows=lambda rollout, rows: of_rows(reward.params, rollout),
+        of_members=lambda rollout: of_members(reward.params, rollout),
     )
-    return lambda rollout, rows: score(reward.params, rollout)
 
 
 def first_member(reward: Model) -> tuple[Any, float]:
@@ -240,7 +272,7 @@ def load_reward(config: Any, reward_from: str, run: Run, model: Model, encoded: 
     check_context(reward, config.data.prompt_length + config.data.response_length)
     if is_process:
         return process_reward(reward, config.scoring)
-    return Reward(of_rows=model_reward(reward, config.scoring))
+    return model_reward(reward, config.scoring)
 
 
 def _answer_reward(tokenizer: Any) -> RowReward:
@@ -268,28 +300,70 @@ def make_evaluate(
     model: Model,
     held_out: batches.Encoded,
     *,
-    reward: RowReward,
+    reward: Reward,
     gold: RowReward | None,
 ) -> Callable[[Any], dict[str, float]]:
     """``evaluate(policy params)``: held-out prompts with the same noise every time, so that only policies differ.
 
-    ``config``: the stage's; ``seed``, ``sampling`` and ``batch_size`` are read.
+    ``config``: the stage's; ``seed``, ``sampling``, ``batch_size`` and ``stop_when`` are read.
     """
     judge = policies.Judge(
         model=model.config,
         reference={"decoder": model.params["decoder"]},
-        reward=reward,
+        reward=reward.of_rows,
         gold=gold,
         tokenizer=model.tokenizer,
     )
     sample = policies.make_sampler(judge, config.sampling, run.mesh, batch_size=config.batch_size)
     key = run.key(config.seed, Purpose.EVALUATION)
+    alarm_of = (
+        make_alarm(run, config, model, held_out, reward.of_members)
+        if config.stop_when.alarm
+        else lambda _: {}
+    )
 
     def evaluate(params: Any) -> dict[str, float]:
-        found = policies.summarize(sample(params, held_out, key))
+        found = policies.summarize(sample(params, held_out, key)) | alarm_of(params)
         return {f"eval/{name}": value for name, value in found.items()}
 
     return evaluate
+
+
+def make_alarm(
+    run: Run, config: Any, model: Model, held_out: batches.Encoded, of_members: Callable | None
+) -> Callable[[Any], dict[str, float]]:
+    """``alarm_of(policy params)``: the share of responses on which an ensemble disagrees, and whether that is too many.
+
+    Calibrated on the initial policy's responses, which it samples anew, so that a resumed run has the same alarm; later
+    policies answer the same prompts with other noise.
+
+    Raises:
+      InputError: the reward is no ensemble, or there are too few held-out responses.
+    """
+    if of_members is None:
+        raise InputError(
+            "config.stop_when.alarm is on, which needs an ensemble; give --reward_from=<run of "
+            "experiments.reward_model with config.members of 2 or more>"
+        )
+    rollout = make_rollout(run, model, config.sampling)
+    key = run.key(config.seed, Purpose.ALARM)
+
+    def scores_of(params: Any, key: jax.Array) -> np.ndarray:
+        parts = []
+        for number, (batch, real) in enumerate(batches.eval_batches(held_out, config.batch_size)):
+            found = np.asarray(of_members(rollout(params, batch, jax.random.fold_in(key, number), 0)))
+            parts.append(found[:, real])
+        return np.concatenate(parts, axis=1)
+
+    reference = {"decoder": model.params["decoder"]}
+    alarm = ensembles.calibrate_alarm(scores_of(reference, jax.random.fold_in(key, 0)))
+
+    def alarm_of(params: Any) -> dict[str, float]:
+        scores = scores_of(params, jax.random.fold_in(key, 1))
+        raised = ensembles.is_raised(alarm, scores)
+        return {"disagreeing": ensembles.share_above(alarm, scores), "alarm": float(raised)}
+
+    return alarm_of
 
 
 def of_prompts(reward: RowReward, encoded: batches.Encoded) -> Callable[[Rollout, np.ndarray], Any]:

@@ -36,6 +36,7 @@ class Purpose(enum.IntEnum):
     ROLLOUT = 3
     SHUFFLE = 4
     DATA = 5
+    ALARM = 6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,7 @@ def fit(
     stop: StopRequest,
     evaluate: Callable[[Any], Mapping[str, float]] | None = None,
     skipped_updates: Callable[[Any], jax.Array] | None = None,
+    enough: Callable[[Mapping[str, float]], bool] | None = None,
 ) -> Any:
     """Runs ``step`` until ``schedule.num_steps``, resuming from the newest checkpoint of ``workdir`` if there is one.
 
@@ -66,23 +67,24 @@ def fit(
       stop: looked at between steps; on request the loop saves and raises ``Interrupted``.
       evaluate: ``evaluate(state) -> values``, written under the names it returns.
       skipped_updates: reads the number of consecutive skipped updates from a state.
+      enough: ``enough(what evaluate returned)`` -> whether training ends there, as if that step were the last.
 
     Raises:
       Interrupted: stopped on request, after saving.
       InputError: ``MAX_SKIPPED_UPDATES`` updates in a row were not finite, or no checkpoint is whole.
     """
     checkpoints = Checkpoints(workdir)
-    done, pending, writer = 0, Accumulator(), None
+    done, pending, writer, ended = 0, Accumulator(), None, False
     try:
         restored = checkpoints.restore_newest(state, batches)
         if restored is not None:
             done, state, host = restored
-            pending = Accumulator.from_json(host["pending"])
+            pending, ended = Accumulator.from_json(host["pending"]), host.get("ended", False)
         writer = MetricsWriter(workdir, start_step=done if restored is not None else -1)
         if restored is None and evaluate is not None:
             writer.write(0, evaluate(state))
         saved = done if restored is not None else None
-        while done < schedule.num_steps and stop.requested is None:
+        while done < schedule.num_steps and not ended and stop.requested is None:
             state, metrics = step(state, next(batches))
             done += 1
             metrics = jax.device_get(dict(metrics))
@@ -91,21 +93,24 @@ def fit(
             now.add(metrics)
             progress(done, now.values())
             _check_guard(state, skipped_updates, done, checkpoints.directory, saved)
-            row = {}
-            if done % schedule.log_every == 0 or done == schedule.num_steps:
-                row, pending = pending.values(), Accumulator()
+            row, found = {}, {}
             if evaluate is not None and _evaluates(schedule, done):
-                row = row | dict(evaluate(state))
+                found = dict(evaluate(state))
+                ended = enough is not None and enough(found)
+            last = ended or done == schedule.num_steps
+            if last or done % schedule.log_every == 0:
+                row, pending = pending.values(), Accumulator()
+            row |= found
             if row:
                 writer.write(done, row)
             # A state whose last update was not finite is not worth coming back to.
             sound = skipped_updates is None or not int(skipped_updates(state))
-            if sound and (done % schedule.save_every == 0 or done == schedule.num_steps):
-                checkpoints.save(done, state, batches, {"pending": pending.to_json()})
+            if sound and (last or done % schedule.save_every == 0):
+                checkpoints.save(done, state, batches, {"pending": pending.to_json(), "ended": ended})
                 saved = done
-        if stop.requested is not None and done < schedule.num_steps:
+        if stop.requested is not None and done < schedule.num_steps and not ended:
             if saved != done:
-                checkpoints.save(done, state, batches, {"pending": pending.to_json()})
+                checkpoints.save(done, state, batches, {"pending": pending.to_json(), "ended": False})
             raise Interrupted(
                 f"{stop.requested}: saved step {done} of {schedule.num_steps} in {checkpoints.directory}; "
                 "run the same command again to go on from there"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +126,7 @@ def test_the_aggregation_asked_for_is_what_scores(members, ensemble):
         "mean_minus_variance": each.mean(0) - 2.0 * ((each - each.mean(0)) ** 2).mean(0),
     }[members]
     scoring = rollouts.Scoring(members=members, penalty=2.0)
-    found = rollouts.model_reward(trained, scoring)(rollout, [None] * 4)
+    found = rollouts.model_reward(trained, scoring).of_rows(rollout, [None] * 4)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -179,6 +180,57 @@ def test_pmap_and_micro_batches_give_the_update_of_jit(ladder, tmp_path):
             ),
         )
         assert max(jax.tree.leaves(far)) < 1e-5, far
+
+
+STOPPING = grpo.Config(
+    **(
+        SHARED
+        | {"batch_size": 32, "schedule": Schedule(num_steps=40, eval_every=2, save_every=40, log_every=3)}
+    ),
+    group_size=4,
+    num_eval_prompts=12,
+    eval_responses_per_prompt=10,
+    beta=0.0,
+)
+
+
+@pytest.mark.parametrize(
+    "stop_when", [rollouts.StopWhen(kl_above=1.0), rollouts.StopWhen(alarm=True)], ids=["kl", "alarm"]
+)
+def test_a_run_ends_at_the_first_evaluation_that_is_too_much(stop_when, ensemble, ladder, tmp_path):
+    """And the same command again ends in the same place, from the checkpoint it left."""
+    config = dataclasses.replace(
+        STOPPING, stop_when=stop_when, optimizer=OptimizerConfig(learning_rate=2e-2, schedule="constant")
+    )
+    where = {"init_from": ladder.sft, "reward_from": ensemble}
+    grpo.run(config, tmp_path, stop=STOP, **where)
+    rows = [row for row in rows_of(tmp_path) if "eval/kl" in row]
+    assert rows[-1]["step"] < 40
+    if stop_when.alarm:
+        assert [row["eval/alarm"] for row in rows] == [0.0] * (len(rows) - 1) + [1.0]
+        assert rows[-1]["eval/disagreeing"] > rows[0]["eval/disagreeing"]
+    else:
+        assert [row["eval/kl"] > 1.0 for row in rows] == [False] * (len(rows) - 1) + [True]
+    left, lines = checkpoints.restore_params(checkpoints.handoff_path(tmp_path)), rows_of(tmp_path)
+    shutil.rmtree(tmp_path / "handoff")  # as if it had been killed between the checkpoint and the hand-off
+    grpo.run(config, tmp_path, stop=STOP, **where)
+    assert rows_of(tmp_path) == lines
+    jax.tree.map(
+        np.testing.assert_array_equal, left, checkpoints.restore_params(checkpoints.handoff_path(tmp_path))
+    )
+
+
+def test_an_alarm_needs_an_ensemble_and_enough_responses(ensemble, ladder, tmp_path):
+    config = dataclasses.replace(STOPPING, stop_when=rollouts.StopWhen(alarm=True))
+    with pytest.raises(
+        InputError, match="config.stop_when.alarm is on, which needs an ensemble; give --reward_from"
+    ):
+        grpo.run(config, tmp_path / "a", init_from=ladder.sft, reward_from=ladder.reward_model, stop=STOP)
+    few = dataclasses.replace(config, eval_responses_per_prompt=1)
+    with pytest.raises(
+        InputError, match="12 reference rows put fewer than 5 above a share of 0.05: give at least 100"
+    ):
+        grpo.run(few, tmp_path / "b", init_from=ladder.sft, reward_from=ensemble, stop=STOP)
 
 
 def test_what_an_ensemble_cannot_do_is_refused():

@@ -1,0 +1,120 @@
+"""Many responses of one policy to each prompt, scored by gold and by several proxies. A stage; imports all below.
+
+What best-of-n is worth for every n up to N comes from one such set (``evaluation.best_of_n``). Every proxy sees the
+same responses, so that proxies differ in nothing but their choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from rlhf_jax.data import batches
+from rlhf_jax.errors import InputError, check_range
+from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.sampling.generate import SamplingConfig
+from rlhf_jax.stages import inputs, rollouts
+from rlhf_jax.stages.run_directory import Purpose, check_same_family, check_scores, load_model, open_run
+from rlhf_jax.training.interrupt import Interrupted, StopRequest
+
+SCORES = "scores.npz"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One set of samples.
+
+    num_prompts: held-out prompts. responses_per_prompt: N. scoring: how the members of an ensemble become one proxy.
+    """
+
+    seed: int = 0
+    data: inputs.DataConfig = dataclasses.field(default_factory=inputs.DataConfig)
+    num_prompts: int = 64
+    responses_per_prompt: int = 1024
+    batch_size: int = 256
+    temperature: float = 1.0
+    scoring: rollouts.Scoring = dataclasses.field(default_factory=rollouts.Scoring)
+
+    def __post_init__(self) -> None:
+        check_range(self, "num_prompts", "responses_per_prompt", "batch_size", at_least=1)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        return SamplingConfig(max_new_tokens=self.data.response_length, temperature=self.temperature)
+
+
+def run(
+    config: Config,
+    workdir: str | os.PathLike,
+    *,
+    policy_from: str,
+    rewards_from: Mapping[str, str],
+    stop: StopRequest,
+) -> dict[str, np.ndarray]:
+    """Samples, scores, and leaves ``scores.npz``; reads that if it is there.
+
+    Args:
+      config: see ``Config``.
+      workdir: the run's directory.
+      policy_from: the run of the policy that is sampled.
+      rewards_from: name -> run of a reward model, or of an ensemble.
+      stop: looked at between batches.
+
+    Returns:
+      "gold" and each proxy's name -> [P, N] float32.
+
+    Raises:
+      InputError: no gold reward, as for files, or a reward model that does not fit the policy.
+      Interrupted: stopped on request; nothing half-done is kept.
+    """
+    if "gold" in rewards_from:
+        raise InputError("a proxy is called 'gold', which is what it is held against; call it something else")
+    where = {"policy_from": policy_from, **rewards_from}
+    run_ = open_run(workdir, "best_of_n", config, inputs=where, parallelism="jit", stop=stop)
+    path = run_.workdir / SCORES
+    if path.exists():
+        with np.load(path, allow_pickle=False) as found:
+            return dict(found)
+    meshes.check_rows(run_.mesh, config.batch_size, "config.batch_size")
+    model = load_model(policy_from, run_)
+    gold = rollouts.gold_reward(config.data, model.tokenizer)
+    if gold is None:
+        raise InputError(
+            "--config.data.path gives rows whose gold reward nobody knows; leave it empty, for what is embedded"
+        )
+    rewards = {"gold": gold}
+    for name, origin in rewards_from.items():
+        reward = load_model(origin, run_)
+        check_same_family(model, reward)
+        check_scores(reward)
+        rewards[name] = rollouts.model_reward(reward, config.scoring).of_rows
+    prompts, _ = batches.encode_prompts(
+        inputs.load_prompts(config.data).held_out[: config.num_prompts],
+        model.tokenizer,
+        prompt_length=config.data.prompt_length,
+        truncation=config.data.truncation,
+    )
+    # Whole rounds over the prompts: sample j of prompt i is row j * P + i.
+    rows = dataclasses.replace(prompts, rows=tuple(prompts.rows) * config.responses_per_prompt)
+    sample = rollouts.make_rollout(run_, model, config.sampling)
+    params, key = {"decoder": model.params["decoder"]}, run_.key(config.seed, Purpose.EVALUATION)
+    found: dict[str, list[np.ndarray]] = {name: [] for name in rewards}
+    for number, (batch, real) in enumerate(batches.eval_batches(rows, config.batch_size)):
+        if stop.requested is not None:
+            raise Interrupted(
+                f"{stop.requested}: samples are kept once all are there; run the same command again"
+            )
+        rollout = sample(params, batch, jax.random.fold_in(key, number), 0)
+        asked = [rows.rows[i].row for i in batch["index"]]
+        for name, reward in rewards.items():
+            found[name].append(np.asarray(reward(rollout, asked), np.float32)[real])
+    shape = (config.responses_per_prompt, len(prompts))
+    scores = {name: np.concatenate(parts).reshape(shape).T for name, parts in found.items()}
+    partial = path.with_name("partial.npz")
+    np.savez(partial, **scores)
+    os.replace(partial, path)
+    return scores
