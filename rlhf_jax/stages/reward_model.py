@@ -25,6 +25,7 @@ from rlhf_jax.metrics import count, mean_of
 from rlhf_jax.models import heads
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards import reward_model
 from rlhf_jax.stages import inputs
 from rlhf_jax.stages.run_directory import (
@@ -96,11 +97,12 @@ def make_objective(
 def make_pair_scorer(model: ModelConfig, encoded: Any, batch_size: int, run: Run):
     """``score_pairs(params) -> (chosen, rejected)``, [N] float32 NumPy each, over all encoded pairs in order."""
 
-    @jax.jit
-    def score(params, batch):
+    def score_both(params, batch):
         return jnp.split(
             reward_model.score(model, params, concatenate_pairs(batch.chosen, batch.rejected)), 2
         )
+
+    score = sharding.within(run.mesh, jax.jit(score_both))
 
     def score_pairs(params) -> tuple[np.ndarray, np.ndarray]:
         chosen, rejected = [], []
@@ -119,6 +121,7 @@ def run(
     *,
     init_from: str,
     parallelism: meshes.Parallelism = "jit",
+    mesh: jax.sharding.Mesh | None = None,
     stop: StopRequest,
 ) -> None:
     """Runs the stage to its hand-off; returns at once if it is there.
@@ -128,7 +131,13 @@ def run(
       Interrupted: stopped on request, after saving.
     """
     run_ = open_run(
-        workdir, "reward_model", config, inputs={"init_from": init_from}, parallelism=parallelism, stop=stop
+        workdir,
+        "reward_model",
+        config,
+        inputs={"init_from": init_from},
+        parallelism=parallelism,
+        mesh=mesh,
+        stop=stop,
     )
     if run_.finished:
         return
@@ -137,7 +146,8 @@ def run(
     train_rows, held_out = encode_split(run_, config.data, model, split, batches.encode_preferences)
 
     head = heads.init_scalar_head(model.config, run_.key(config.seed, Purpose.INIT))
-    params = {"decoder": model.params["decoder"], "head": jax.device_put(head, meshes.replicated(run_.mesh))}
+    params = {"decoder": model.params["decoder"], "head": head}
+    params = jax.device_put(params, sharding.parameter_sharding(run_.mesh, model.config, params))
     score_held_out = make_pair_scorer(model.config, held_out, config.batch_size, run_)
 
     def evaluate(params) -> Mapping[str, float]:
