@@ -10,6 +10,7 @@ import pathlib
 
 from experiments import launch
 from rlhf_jax.evaluation import report
+from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import dpo
 
@@ -19,11 +20,19 @@ INIT_FROM = launch.define_init_from(
     "Run directory of SFT, or a Hugging Face directory: the initial policy and the frozen reference."
 )
 PARALLELISM = launch.define_parallelism()
+MESH = launch.define_mesh()
 
 
 def main(stop):
     config = configs.from_dict(dpo.Config, CONFIG.value.to_dict())
-    dpo.run(config, WORKDIR.value, init_from=INIT_FROM.value, parallelism=PARALLELISM.value, stop=stop)
+    dpo.run(
+        config,
+        WORKDIR.value,
+        init_from=INIT_FROM.value,
+        parallelism=PARALLELISM.value,
+        mesh=meshes.make_mesh(MESH.value),
+        stop=stop,
+    )
     print(report.write_report(pathlib.Path(WORKDIR.value)))
 
 

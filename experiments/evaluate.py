@@ -11,6 +11,7 @@ from absl import flags
 from experiments import launch, table
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluation import report
+from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import evaluate
 
@@ -23,6 +24,7 @@ REWARD_FROM = flags.DEFINE_string(
     "reward_from", None, "Run directory of the reward model: the proxy.", required=True
 )
 POLICIES = flags.DEFINE_list("policies", [], "Comma-separated name=run directory, one a policy.")
+MESH = launch.define_mesh()
 
 
 def main(stop):
@@ -42,6 +44,7 @@ def main(stop):
         reference_from=INIT_FROM.value,
         reward_from=REWARD_FROM.value,
         policies_from=dict(item.split("=", 1) for item in POLICIES.value),
+        mesh=meshes.make_mesh(MESH.value),
         stop=stop,
     )
     print(table.policies(summary))

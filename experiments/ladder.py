@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from experiments.launch import to_fields
 from rlhf_jax import checkpoints
 from rlhf_jax.errors import InputError
@@ -64,6 +66,7 @@ def run(
     stages: Sequence[str],
     again: bool,
     parallelism: str,
+    mesh: jax.sharding.Mesh,
     stop: StopRequest,
 ) -> None:
     """Runs ``stages`` in ladder order.
@@ -73,7 +76,7 @@ def run(
       workdir: holds one directory a stage.
       stages: their names; ``evaluate`` always measures anew.
       again: whether a stage that is finished is run again, its old directory kept aside.
-      parallelism: see ``parallel.mesh``.
+      parallelism, mesh: see ``parallel.mesh``.
       stop: passed on.
 
     Raises:
@@ -84,7 +87,7 @@ def run(
     if unknown:
         raise InputError(f"--stages has {unknown[0]!r}; the stages are {', '.join(STAGES)}")
     built = stage_configs(config)
-    for name, stage in _runners(built, workdir, parallelism, stop).items():
+    for name, stage in _runners(built, workdir, parallelism, mesh, stop).items():
         directory = workdir / name
         if name not in stages:
             continue
@@ -104,10 +107,14 @@ def run(
 
 
 def _runners(
-    built: Mapping[str, Any], workdir: pathlib.Path, parallelism: str, stop: StopRequest
+    built: Mapping[str, Any],
+    workdir: pathlib.Path,
+    parallelism: str,
+    mesh: jax.sharding.Mesh,
+    stop: StopRequest,
 ) -> dict[str, Callable[[], Any]]:
     start, reward = str(workdir / "sft"), str(workdir / "reward_model")
-    common = {"parallelism": parallelism, "stop": stop}
+    common = {"parallelism": parallelism, "mesh": mesh, "stop": stop}
 
     def run_ppo(name: str) -> None:
         ppo.run(built[name], workdir / name, init_from=start, reward_from=reward, **common)
@@ -124,6 +131,7 @@ def _runners(
             reference_from=start,
             reward_from=reward,
             policies_from={name: str(workdir / name) for name in POLICIES},
+            mesh=mesh,
             stop=stop,
         ),
     }

@@ -62,6 +62,16 @@ def define_parallelism() -> flags.FlagHolder:
     )
 
 
+def define_mesh() -> flags.FlagHolder:
+    return flags.DEFINE_string(
+        "mesh",
+        "",
+        "How devices are laid out, as in --mesh=data:2,fsdp:4,tensor:2: data splits rows, fsdp rows and parameters, "
+        "tensor heads and hidden units; the sizes multiply to the number of devices. Empty: all on data. The update is "
+        "the same, and a run goes on with another mesh.",
+    )
+
+
 def define_init_from(what: str) -> flags.FlagHolder:
     return flags.DEFINE_string("init_from", None, what, required=True)
 
@@ -127,7 +137,7 @@ def launch(main: Callable[[StopRequest], None], config: type | None = None) -> N
         fields = "Fields and the library's defaults (the config file may set others):"
         module.__doc__ = f"{module.__doc__}\n{fields}\n\n{describe(config)}"
     # absl lists the flags of the main module alone under --help; those defined here belong there too.
-    for name in ("config", "workdir", "init_from", "parallelism"):
+    for name in ("config", "workdir", "init_from", "parallelism", "mesh"):
         if name in flags.FLAGS:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     app.run(absl_main, flags_parser=_parse_flags)

@@ -22,6 +22,7 @@ from experiments import launch, table
 from rlhf_jax import checkpoints
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluation import report
+from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import evaluate, grpo, online_dpo, rejection
 
@@ -40,9 +41,11 @@ QUICKSTART = flags.DEFINE_string(
 )
 NAMES = flags.DEFINE_list("methods", list(METHODS), "Which methods to run.")
 PARALLELISM = launch.define_parallelism()
+MESH = launch.define_mesh()
 
 
 def main(stop):
+    mesh = meshes.make_mesh(MESH.value)
     unknown = sorted(set(NAMES.value) - set(METHODS))
     if unknown:
         raise InputError(f"--methods has {unknown[0]!r}; the methods are {', '.join(METHODS)}")
@@ -57,7 +60,14 @@ def main(stop):
         stage = METHODS[name]
         built = configs.from_dict(stage.Config, {**config[name], **shared}, f"config.{name}")
         started = time.monotonic()
-        stage.run(built, workdir / name, **where, parallelism=PARALLELISM.value, stop=stop)
+        stage.run(
+            built,
+            workdir / name,
+            **where,
+            parallelism=PARALLELISM.value,
+            mesh=mesh,
+            stop=stop,
+        )
         report.write_report(workdir / name)
         print(f"{name} took {time.monotonic() - started:.0f} s", file=sys.stderr)
     policies = {name: str(start / name) for name in ("ppo", "dpo")} | {
@@ -71,6 +81,7 @@ def main(stop):
         reference_from=where["init_from"],
         reward_from=where["reward_from"],
         policies_from=policies,
+        mesh=mesh,
         stop=stop,
     )
     (workdir / "summary.json").write_text(json.dumps(summary, indent=1))

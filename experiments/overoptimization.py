@@ -4,7 +4,7 @@
     python -m experiments.overoptimization --quickstart=runs/quickstart --workdir=runs/overoptimization
 
 Trains proxies on fewer pairs than the quickstart's reward model, and an ensemble; samples 1,024 responses a prompt from
-leash; fits the curves of Gao, Schulman & Hilton (2023). The quickstart's reward model and PPO runs join in. Leaves
+the SFT policy and scores them with every proxy and with gold; optimises a policy against every proxy by PPO without a
 leash; fits the curves of Gao, Schulman & Hilton (2023). The quickstart's own reward model and PPO runs join in. Leaves
 overoptimization.json, overoptimization.html and two PNGs. Run again, it resumes; fields: --config.<part>.*.
 """
@@ -26,6 +26,7 @@ from rlhf_jax.evaluation import best_of_n as estimators
 from rlhf_jax.evaluation import overoptimization_page as page
 from rlhf_jax.evaluation.overoptimization_page import Measured
 from rlhf_jax.metrics import read_metrics
+from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import best_of_n, ppo, reward_model
 from rlhf_jax.stages import config as configs
 
@@ -36,6 +37,7 @@ QUICKSTART = flags.DEFINE_string(
     required=True,
 )  # fmt: skip
 PARALLELISM = launch.define_parallelism()
+MESH = launch.define_mesh()
 # Sets of prompts whose curves are independent, for the intervals of best-of-n.
 NUM_SETS = 16
 
@@ -43,7 +45,8 @@ NUM_SETS = 16
 def main(stop):
     config, workdir = CONFIG.value.to_dict(), pathlib.Path(WORKDIR.value)
     start = pathlib.Path(QUICKSTART.value)
-    how = {"parallelism": PARALLELISM.value, "stop": stop}
+    mesh = meshes.make_mesh(MESH.value)
+    how = {"parallelism": PARALLELISM.value, "mesh": mesh, "stop": stop}
     proxies = {"quickstart": start / "reward_model"}
     for name in config["proxies"]:
         proxies[name] = workdir / f"reward_{name}"
@@ -54,6 +57,7 @@ def main(stop):
         workdir / "best_of_n",
         policy_from=str(start / "sft"),
         rewards_from={name: str(path) for name, path in proxies.items()},
+        mesh=mesh,
         stop=stop,
     )
     runs = {"quickstart": start / "ppo_no_leash", "quickstart, leashed": start / "ppo"}

@@ -14,6 +14,7 @@ from absl import flags
 
 from experiments import launch
 from rlhf_jax.evaluation import report
+from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import ppo
 
@@ -29,6 +30,7 @@ REWARD_FROM = flags.DEFINE_string(
     required=True,
 )
 PARALLELISM = launch.define_parallelism()
+MESH = launch.define_mesh()
 
 
 def main(stop):
@@ -39,6 +41,7 @@ def main(stop):
         init_from=INIT_FROM.value,
         reward_from=REWARD_FROM.value,
         parallelism=PARALLELISM.value,
+        mesh=meshes.make_mesh(MESH.value),
         stop=stop,
     )
     print(report.write_report(pathlib.Path(WORKDIR.value)))

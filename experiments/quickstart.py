@@ -25,6 +25,7 @@ from absl import flags
 
 from experiments import ladder, launch, table
 from rlhf_jax.evaluation import plots, report
+from rlhf_jax.parallel import mesh as meshes
 
 CONFIG = launch.define_config("quickstart")
 WORKDIR = launch.define_workdir()
@@ -35,6 +36,7 @@ STAGES = flags.DEFINE_list(
     "have run, they are evaluated anew.",
 )
 PARALLELISM = launch.define_parallelism()
+MESH = launch.define_mesh()
 
 
 def main(stop):
@@ -48,6 +50,7 @@ def main(stop):
             stages=stages,
             again=explicit,
             parallelism=PARALLELISM.value,
+            mesh=meshes.make_mesh(MESH.value),
             stop=stop,
         )
 

@@ -11,6 +11,7 @@ from absl import flags
 
 from experiments import launch
 from rlhf_jax.evaluation import report
+from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import rejection
 
@@ -23,6 +24,7 @@ REWARD_FROM = flags.DEFINE_string(
     "reward_from", "", "Run directory of the reward model, where --config.reward is 'model'."
 )
 PARALLELISM = launch.define_parallelism()
+MESH = launch.define_mesh()
 
 
 def main(stop):
@@ -33,6 +35,7 @@ def main(stop):
         init_from=INIT_FROM.value,
         reward_from=REWARD_FROM.value,
         parallelism=PARALLELISM.value,
+        mesh=meshes.make_mesh(MESH.value),
         stop=stop,
     )
     print(report.write_report(pathlib.Path(WORKDIR.value)))

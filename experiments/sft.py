@@ -12,17 +12,21 @@ import pathlib
 
 from experiments import launch
 from rlhf_jax.evaluation import report
+from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import sft
 
 CONFIG = launch.define_config("sft")
 WORKDIR = launch.define_workdir()
 PARALLELISM = launch.define_parallelism()
+MESH = launch.define_mesh()
 
 
 def main(stop):
     config = configs.from_dict(sft.Config, CONFIG.value.to_dict())
-    sft.run(config, WORKDIR.value, parallelism=PARALLELISM.value, stop=stop)
+    sft.run(
+        config, WORKDIR.value, parallelism=PARALLELISM.value, mesh=meshes.make_mesh(MESH.value), stop=stop
+    )
     print(report.write_report(pathlib.Path(WORKDIR.value)))
 
 

@@ -224,13 +224,22 @@ def load_handoff(workdir: str | pathlib.Path) -> tuple[Handoff, pathlib.Path]:
         ) from error
 
 
-def restore_params(path: pathlib.Path, sharding: jax.sharding.Sharding | None = None) -> Any:
-    """The params of a hand-off, placed straight onto ``sharding`` (default: the first device)."""
+def restore_params(
+    path: pathlib.Path, sharding: jax.sharding.Sharding | Callable[[Any], Any] | None = None
+) -> Any:
+    """The params of a hand-off, read straight onto ``sharding`` (default: the first device).
+
+    ``sharding``: one for all of them, or a function from the tree of their shapes to a tree of shardings.
+    """
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(path / "params").item_metadata.tree
+        one_for_all = isinstance(sharding, jax.sharding.Sharding)
+        shardings = jax.tree.map(lambda _: sharding, metadata) if one_for_all else sharding(metadata)
         abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), metadata
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            metadata,
+            shardings,
         )
         return checkpointer.restore(path / "params", abstract)
 

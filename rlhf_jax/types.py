@@ -79,8 +79,8 @@ class Rollout:
 
     tokens: [B, P+R] int32. token_mask: [B, P+R] bool. response_mask: [B, R] bool, EOS included.
     log_probs: [B, R] float32 nats under the *behaviour* distribution (temperature and truncation applied), 0 off-mask.
-    policy_log_probs: the same under the whole distribution (temperature applied, nothing left out); None in rollouts made
-    by other means than sampling.
+    policy_log_probs: the same under the whole distribution (temperature applied, nothing left out); None in rollouts
+    made by other means than sampling.
     terminated: [B] bool: ended by EOS or a stop string; False where the response was cut by length.
     policy_step: [] int32, the optimiser step of the parameters that sampled.
     """

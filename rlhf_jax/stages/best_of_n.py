@@ -53,6 +53,7 @@ def run(
     *,
     policy_from: str,
     rewards_from: Mapping[str, str],
+    mesh: jax.sharding.Mesh | None = None,
     stop: StopRequest,
 ) -> dict[str, np.ndarray]:
     """Samples, scores, and leaves ``scores.npz``; reads that if it is there.
@@ -62,6 +63,7 @@ def run(
       workdir: the run's directory.
       policy_from: the run of the policy that is sampled.
       rewards_from: name -> run of a reward model, or of an ensemble.
+      mesh: see ``parallel.mesh``; None puts all devices on its data axis.
       stop: looked at between batches.
 
     Returns:
@@ -74,7 +76,7 @@ def run(
     if "gold" in rewards_from:
         raise InputError("a proxy is called 'gold', which is what it is held against; call it something else")
     where = {"policy_from": policy_from, **rewards_from}
-    run_ = open_run(workdir, "best_of_n", config, inputs=where, parallelism="jit", stop=stop)
+    run_ = open_run(workdir, "best_of_n", config, inputs=where, parallelism="jit", mesh=mesh, stop=stop)
     path = run_.workdir / SCORES
     if path.exists():
         with np.load(path, allow_pickle=False) as found:

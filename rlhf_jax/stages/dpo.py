@@ -19,6 +19,7 @@ from rlhf_jax.data import batches
 from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.parallel import sharding
 from rlhf_jax.stages import inputs
 from rlhf_jax.stages.preference_objectives import (
     PreferenceLoss,
@@ -70,10 +71,11 @@ class Config:
 def make_evaluator(model: ModelConfig, encoded: Any, config: Config, reference: Any, run: Run):
     """``evaluate(params)`` -> accuracy and mean margin over held-out pairs, of what the loss would have differ."""
 
-    @jax.jit
-    def margins_of(params, reference, batch):
+    def difference(params, reference, batch):
         chosen, rejected = pair_scores(model, params, reference, batch, config.loss)
         return chosen - rejected
+
+    margins_of = sharding.within(run.mesh, jax.jit(difference))
 
     def evaluate(params) -> Mapping[str, float]:
         margins = np.concatenate(
@@ -97,6 +99,7 @@ def run(
     *,
     init_from: str,
     parallelism: meshes.Parallelism = "jit",
+    mesh: jax.sharding.Mesh | None = None,
     stop: StopRequest,
 ) -> None:
     """Runs the stage to its hand-off; returns at once if it is there.
@@ -106,7 +109,13 @@ def run(
       Interrupted: stopped on request, after saving.
     """
     run_ = open_run(
-        workdir, "dpo", config, inputs={"init_from": init_from}, parallelism=parallelism, stop=stop
+        workdir,
+        "dpo",
+        config,
+        inputs={"init_from": init_from},
+        parallelism=parallelism,
+        mesh=mesh,
+        stop=stop,
     )
     if run_.finished:
         return

@@ -13,6 +13,7 @@ from rlhf_jax.data import batches
 from rlhf_jax.errors import check_range
 from rlhf_jax.evaluation import policies
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.stages import inputs, rollouts
 from rlhf_jax.stages.run_directory import (
@@ -59,6 +60,7 @@ def run(
     reference_from: str,
     reward_from: str,
     policies_from: Mapping[str, str],
+    mesh: jax.sharding.Mesh | None = None,
     stop: StopRequest,
 ) -> dict[str, dict[str, float]]:
     """Measures the reference ("sft"), every named policy, and best-of-n of the reference.
@@ -69,10 +71,11 @@ def run(
       reference_from: the SFT run; KL is taken to it.
       reward_from: the reward-model run: the proxy.
       policies_from: name -> run directory.
+      mesh: see ``parallel.mesh``; None puts all devices on its data axis.
       stop: looked at between policies.
     """
     where = {"reference_from": reference_from, "reward_from": reward_from, **policies_from}
-    run_ = open_run(workdir, "evaluate", config, inputs=where, parallelism="jit", stop=stop)
+    run_ = open_run(workdir, "evaluate", config, inputs=where, parallelism="jit", mesh=mesh, stop=stop)
     meshes.check_rows(run_.mesh, config.batch_size, "config.batch_size")
     reference, reward = load_model(reference_from, run_), load_model(reward_from, run_)
     check_same_family(reference, reward)
@@ -95,7 +98,9 @@ def run(
         tokenizer=reference.tokenizer,
     )
     sampling = SamplingConfig(max_new_tokens=config.data.response_length, temperature=config.temperature)
-    sample = policies.make_sampler(judge, sampling, run_.mesh, batch_size=config.batch_size)
+    sample = sharding.within(
+        run_.mesh, policies.make_sampler(judge, sampling, run_.mesh, batch_size=config.batch_size)
+    )
     key = run_.key(config.seed, Purpose.EVALUATION)
 
     found: dict[str, Sequence[policies.Sample]] = {}

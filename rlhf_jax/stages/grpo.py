@@ -242,8 +242,9 @@ def run(
     init_from: str,
     reward_from: str = "",
     parallelism: meshes.Parallelism = "jit",
+    mesh: jax.sharding.Mesh | None = None,
     stop: StopRequest,
 ) -> None:
     """Runs the stage to its hand-off; arguments and errors are those of ``online.run``."""
     where = {"init_from": init_from, "reward_from": reward_from}
-    online.run("grpo", config, workdir, make_method, **where, parallelism=parallelism, stop=stop)
+    online.run("grpo", config, workdir, make_method, **where, parallelism=parallelism, mesh=mesh, stop=stop)

@@ -16,6 +16,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import count, mean_of, merge
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.parallel import sharding
 from rlhf_jax.stages import rollouts
 from rlhf_jax.stages.run_directory import (
     Model,
@@ -190,31 +191,11 @@ def train(
     """
     check_split(config, run.mesh, group_size=method.group_size)
     gold = rollouts.gold_reward(config.data, model.tokenizer)
-    evaluate = rollouts.make_evaluate(run, config, model, held_out, reward=reward, gold=gold)
+    evaluate = sharding.within(
+        run.mesh, rollouts.make_evaluate(run, config, model, held_out, reward=reward, gold=gold)
+    )
     optimizer = make_optimizer(
         config.optimizer, config.schedule.num_steps * config.num_epochs * config.num_minibatches
-    )
-    iterate = make_iteration(
-        method,
-        collect=rollouts.make_collect(
-            rollouts.make_rollout(run, model, config.sampling),
-            rollouts.of_prompts(reward.of_rows, encoded),
-            step_scores=reward.of_steps if method.by_steps else None,
-            group_size=method.group_size,
-            rounds=method.rounds,
-        ),
-        prepare=jax.jit(method.prepare),
-        train_step=meshes.compile_step(
-            lambda axis: make_train_step(
-                method.objective, optimizer, num_microbatches=config.num_microbatches, axis_name=axis
-            ),
-            run.mesh,
-            run.parallelism,
-        ),
-        reference={"decoder": model.params["decoder"]},
-        num_epochs=config.num_epochs,
-        num_minibatches=config.num_minibatches,
-        gold=None if gold is None else rollouts.of_prompts(gold, encoded),
     )
     state = OnlineState(
         train=init_train_state(
@@ -223,12 +204,36 @@ def train(
         beta=jnp.float32(method.beta),
         iteration=jnp.zeros((), jnp.int32),
     )
+    places = sharding.mirrored(run.mesh, state, params, jax.tree.map(lambda x: x.sharding, params))
+    iterate = make_iteration(
+        method,
+        collect=rollouts.make_collect(
+            rollouts.make_rollout(run, model, config.sampling),
+            sharding.within(run.mesh, rollouts.of_prompts(reward.of_rows, encoded)),
+            step_scores=sharding.within(run.mesh, reward.of_steps) if method.by_steps else None,
+            group_size=method.group_size,
+            rounds=method.rounds,
+        ),
+        prepare=sharding.within(run.mesh, jax.jit(method.prepare)),
+        train_step=meshes.compile_step(
+            lambda axis: make_train_step(
+                method.objective, optimizer, num_microbatches=config.num_microbatches, axis_name=axis
+            ),
+            run.mesh,
+            run.parallelism,
+            places.train,
+        ),
+        reference={"decoder": model.params["decoder"]},
+        num_epochs=config.num_epochs,
+        num_minibatches=config.num_minibatches,
+        gold=None if gold is None else rollouts.of_prompts(gold, encoded),
+    )
     progress = Progress(
         run.stage, config.schedule.num_steps, ("proxy", "gold", "kl", "length"), line_every=10
     )
     try:
         return fit(
-            state=jax.device_put(state, meshes.replicated(run.mesh)),
+            state=jax.device_put(state, places),
             step=iterate,
             batches=batches.prompt_batches(
                 encoded,
@@ -256,6 +261,7 @@ def run(
     init_from: str,
     reward_from: str,
     parallelism: meshes.Parallelism,
+    mesh: jax.sharding.Mesh | None,
     stop: StopRequest,
 ) -> None:
     """Runs a stage that trains a policy and nothing else to its hand-off; returns at once if it is there.
@@ -269,6 +275,7 @@ def run(
       init_from: the SFT run (or a Hugging Face directory): initial policy, and the frozen reference.
       reward_from: the run of a reward model, or of a process reward model, unless ``config.reward`` is "answer".
       parallelism: how the update runs; sampling and scoring are always ``jit`` over the mesh.
+      mesh: see ``parallel.mesh``; None puts all devices on its data axis.
       stop: looked at between iterations.
 
     Raises:
@@ -276,7 +283,7 @@ def run(
       Interrupted: stopped on request, after saving.
     """
     where = {"init_from": init_from} | ({"reward_from": reward_from} if reward_from else {})
-    run_ = open_run(workdir, stage, config, inputs=where, parallelism=parallelism, stop=stop)
+    run_ = open_run(workdir, stage, config, inputs=where, parallelism=parallelism, mesh=mesh, stop=stop)
     if run_.finished:
         return
     model = load_model(init_from, run_)

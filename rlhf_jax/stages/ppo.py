@@ -210,6 +210,7 @@ def run(
     init_from: str,
     reward_from: str,
     parallelism: meshes.Parallelism = "jit",
+    mesh: jax.sharding.Mesh | None = None,
     stop: StopRequest,
 ) -> None:
     """Runs the stage to its hand-off; returns at once if it is there.
@@ -220,6 +221,7 @@ def run(
       init_from: the SFT run (or a Hugging Face directory): initial policy, and the frozen reference.
       reward_from: the reward-model run: frozen reward, and initial value model.
       parallelism: how the update runs; sampling and scoring are always ``jit`` over the mesh.
+      mesh: see ``parallel.mesh``; None puts all devices on its data axis.
       stop: looked at between iterations.
 
     Raises:
@@ -227,7 +229,7 @@ def run(
       Interrupted: stopped on request, after saving.
     """
     where = {"init_from": init_from, "reward_from": reward_from}
-    run_ = open_run(workdir, "ppo", config, inputs=where, parallelism=parallelism, stop=stop)
+    run_ = open_run(workdir, "ppo", config, inputs=where, parallelism=parallelism, mesh=mesh, stop=stop)
     if run_.finished:
         return
     model, reward = load_model(init_from, run_), load_model(reward_from, run_)

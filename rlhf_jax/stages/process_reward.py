@@ -22,6 +22,7 @@ from rlhf_jax.metrics import count
 from rlhf_jax.models import heads
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards import process_model
 from rlhf_jax.stages import inputs
 from rlhf_jax.stages.run_directory import Purpose, Run, leave_handoff, load_model, open_run
@@ -74,7 +75,9 @@ def make_objective(model: ModelConfig):
 
 def make_step_scorer(model: ModelConfig, encoded: Any, batch_size: int, run: Run):
     """``score(params) -> (logits, labels)``, [N] float32 NumPy each, of every judged step of the encoded rows."""
-    logits_of = jax.jit(lambda params, rows: process_model.column_logits(model, params, rows))
+    logits_of = sharding.within(
+        run.mesh, jax.jit(lambda params, rows: process_model.column_logits(model, params, rows))
+    )
 
     def score(params) -> tuple[np.ndarray, np.ndarray]:
         logits, labels = [], []
@@ -94,6 +97,7 @@ def run(
     *,
     init_from: str,
     parallelism: meshes.Parallelism = "jit",
+    mesh: jax.sharding.Mesh | None = None,
     stop: StopRequest,
 ) -> None:
     """Runs the stage to its hand-off; returns at once if it is there.
@@ -103,7 +107,9 @@ def run(
       Interrupted: stopped on request, after saving.
     """
     where = {"init_from": init_from}
-    run_ = open_run(workdir, "process_reward", config, inputs=where, parallelism=parallelism, stop=stop)
+    run_ = open_run(
+        workdir, "process_reward", config, inputs=where, parallelism=parallelism, mesh=mesh, stop=stop
+    )
     if run_.finished:
         return
     model = load_model(init_from, run_)
@@ -119,6 +125,7 @@ def run(
             "--config.data.held_out_fraction, or --config.data.response_length if steps were cut off"
         )
     head = heads.init_scalar_head(model.config, run_.key(config.seed, Purpose.INIT))
+    params = {"decoder": model.params["decoder"], "head": head}
     score_held_out = make_step_scorer(model.config, held_out, config.batch_size, run_)
 
     def evaluate(params) -> Mapping[str, float]:
@@ -128,10 +135,7 @@ def run(
         run_,
         config,
         objective=make_objective(model.config),
-        params={
-            "decoder": model.params["decoder"],
-            "head": jax.device_put(head, meshes.replicated(run_.mesh)),
-        },
+        params=jax.device_put(params, sharding.parameter_sharding(run_.mesh, model.config, params)),
         frozen={},
         iterator=batches.steps_batches(
             train_rows, batch_size=config.batch_size, seed=run_.data_seed(config.seed)

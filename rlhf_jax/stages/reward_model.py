@@ -28,6 +28,7 @@ from rlhf_jax.metrics import count, mean_of
 from rlhf_jax.models import heads
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards import ensembles, reward_model
 from rlhf_jax.stages import inputs
 from rlhf_jax.stages.run_directory import (
@@ -123,10 +124,11 @@ def make_pair_scorer(model: ModelConfig, encoded: Any, batch_size: int, run: Run
     """``score_pairs(params) -> (chosen, rejected)``, NumPy float32 [N] over all encoded pairs in order, or [E, N]."""
     score_rows = ensembles.score if is_ensemble else reward_model.score
 
-    @jax.jit
-    def score(params, batch):
+    def score_both(params, batch):
         both = concatenate_pairs(batch.chosen, batch.rejected)
         return jnp.split(score_rows(model, params, both), 2, axis=-1)
+
+    score = sharding.within(run.mesh, jax.jit(score_both))
 
     def score_pairs(params) -> tuple[np.ndarray, np.ndarray]:
         chosen, rejected = [], []
@@ -145,6 +147,7 @@ def run(
     *,
     init_from: str,
     parallelism: meshes.Parallelism = "jit",
+    mesh: jax.sharding.Mesh | None = None,
     stop: StopRequest,
 ) -> None:
     """Runs the stage to its hand-off; returns at once if it is there.
@@ -154,7 +157,13 @@ def run(
       Interrupted: stopped on request, after saving.
     """
     run_ = open_run(
-        workdir, "reward_model", config, inputs={"init_from": init_from}, parallelism=parallelism, stop=stop
+        workdir,
+        "reward_model",
+        config,
+        inputs={"init_from": init_from},
+        parallelism=parallelism,
+        mesh=mesh,
+        stop=stop,
     )
     if run_.finished:
         return
@@ -168,6 +177,7 @@ def run(
         params = ensembles.init_ensemble(model.config, decoder, key, size=config.members)
     else:
         params = {"decoder": decoder, "head": heads.init_scalar_head(model.config, key)}
+    params = jax.device_put(params, sharding.parameter_sharding(run_.mesh, model.config, params))
     loss = {
         "margin": config.margin,
         "label_smoothing": config.label_smoothing,
@@ -185,7 +195,7 @@ def run(
         objective=make_ensemble_objective(model.config, config.members, **loss)
         if is_ensemble
         else make_objective(model.config, **loss),
-        params=jax.device_put(params, meshes.replicated(run_.mesh)),
+        params=params,
         frozen={},
         iterator=batches.preference_batches(
             train_rows,

@@ -18,6 +18,7 @@ from rlhf_jax.evaluation import policies
 from rlhf_jax.evaluation.policies import RowReward
 from rlhf_jax.metrics import mean_of
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards import ensembles, process, process_model, verifiers
 from rlhf_jax.sampling.generate import SamplingConfig, generate
 from rlhf_jax.stages import inputs
@@ -129,9 +130,11 @@ def make_rollout(run: Run, model: Model, sampling: SamplingConfig) -> Callable[.
             policy_step=step,
         )
 
+    within_mesh = sharding.within(run.mesh, sample)
+
     def rollout(params, prompts, key, step):
         tokens, token_mask = meshes.put_rows(run.mesh, (prompts["tokens"], prompts["token_mask"]))
-        return sample(params, tokens, token_mask, key, step)
+        return within_mesh(params, tokens, token_mask, key, step)
 
     return rollout
 

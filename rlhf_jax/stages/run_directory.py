@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import json
 import os
 import pathlib
@@ -15,14 +16,16 @@ from typing import Any
 
 import jax
 import tqdm
+from absl import logging
 
 from rlhf_jax import __version__, checkpoints
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.data.batches import EncodeReport
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import huggingface
+from rlhf_jax.models import decoder, huggingface
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.parallel import sharding
 from rlhf_jax.stages.config import differences
 from rlhf_jax.training.interrupt import StopRequest
 
@@ -43,7 +46,8 @@ class Purpose(enum.IntEnum):
 class Run:
     """Where a run lives and what it runs on.
 
-    workdir: its directory. stage: its stage's name. parallelism: see ``parallel.mesh``. stop: set by Ctrl-C, SIGTERM.
+    workdir: its directory. stage: its stage's name. mesh, parallelism: see ``parallel.mesh``. stop: set by Ctrl-C,
+    SIGTERM.
     """
 
     workdir: pathlib.Path
@@ -88,13 +92,19 @@ def open_run(
     *,
     inputs: Mapping[str, str],
     parallelism: meshes.Parallelism,
+    mesh: jax.sharding.Mesh | None,
     stop: StopRequest,
 ) -> Run:
     """Makes or re-enters a run directory; ``config.json`` in it says what the run is.
 
+    ``mesh``: None puts all devices on the data axis. It is no part of what the run is: another may go on with it.
+
     Raises:
-      InputError: the directory cannot be written, or belongs to a run with another config or other inputs.
+      InputError: the directory cannot be written, or belongs to a run with another config or other inputs; or the mesh
+        splits parameters, which ``pmap`` does not.
     """
+    mesh = meshes.data_mesh() if mesh is None else mesh
+    meshes.check_parallelism(mesh, parallelism)
     workdir = pathlib.Path(workdir)
     description = {
         "stage": stage,
@@ -118,7 +128,7 @@ def open_run(
         raise InputError(
             f"cannot write to workdir {workdir}: {error.strerror}; give a writable one"
         ) from error
-    return Run(workdir=workdir, stage=stage, mesh=meshes.data_mesh(), parallelism=parallelism, stop=stop)
+    return Run(workdir=workdir, stage=stage, mesh=mesh, parallelism=parallelism, stop=stop)
 
 
 def _identity(path: str) -> dict[str, str | None]:
@@ -154,7 +164,7 @@ def _description(path: pathlib.Path) -> dict[str, Any]:
 
 
 def load_model(path: str, run: Run) -> Model:
-    """A model from a finished run's hand-off or from Hugging Face, replicated over the run's mesh.
+    """A model from a finished run's hand-off or from Hugging Face, read straight onto its place on the run's mesh.
 
     Args:
       path: either kind of directory, or the name of a repository on the Hugging Face hub, which is fetched.
@@ -164,9 +174,8 @@ def load_model(path: str, run: Run) -> Model:
       InputError: neither kind, unfinished, damaged, or of an architecture that is not supported.
     """
     directory = pathlib.Path(path)
-    sharding = meshes.replicated(run.mesh)
     if _is_run(directory):
-        return load_handoff_model(directory, sharding)
+        return load_handoff_model(directory, run.mesh)
     if not directory.is_dir():
         try:
             directory = huggingface.local_directory(path)
@@ -175,14 +184,23 @@ def load_model(path: str, run: Run) -> Model:
                 f"there is no directory {path}; give the --workdir of a finished run, or a Hugging Face directory "
                 f"({error})"
             ) from None
-    config, params = huggingface.from_pretrained(directory, shardings=sharding)
+    config = huggingface.read_config(directory)
+    shapes = jax.eval_shape(lambda key: decoder.init_params(config, key), jax.random.key(0))
+    config, params = huggingface.from_pretrained(directory, shardings=place(run.mesh, config, shapes))
     tokenizer = tokenizers.load_tokenizer(directory)
     tokenizers.check_vocabulary(tokenizer, config.vocab_size, model=str(path))
     return Model(config=config, params=params, tokenizer=tokenizer, origin=str(path), facts={})
 
 
-def load_handoff_model(path: str | os.PathLike, sharding: Any = None) -> Model:
-    """The model that a finished run left, its params on ``sharding`` (None: the default device).
+def place(mesh: jax.sharding.Mesh, config: ModelConfig, params: Any) -> Any:
+    """Where each parameter lives (see ``sharding.parameter_sharding``); what has to stay whole is logged."""
+    for whole in sharding.whole_axes(mesh, config, params):
+        logging.warning("%s", whole)
+    return sharding.parameter_sharding(mesh, config, params)
+
+
+def load_handoff_model(path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None) -> Model:
+    """The model that a finished run left, its params in their place on ``mesh`` (None: the default device).
 
     Raises:
       InputError: no run, unfinished, or damaged.
@@ -196,9 +214,11 @@ def load_handoff_model(path: str | os.PathLike, sharding: Any = None) -> Model:
         raise InputError(
             f"{location}/tokenizer is not the tokenizer that {location}/handoff.json names; restore it"
         )
+    config = ModelConfig.from_dict(handoff.model)
+    places = None if mesh is None else functools.partial(place, mesh, config)
     return Model(
-        config=ModelConfig.from_dict(handoff.model),
-        params=checkpoints.restore_params(location, sharding),
+        config=config,
+        params=checkpoints.restore_params(location, places),
         tokenizer=tokenizer,
         origin=str(directory),
         facts=handoff.facts,

@@ -6,6 +6,7 @@ Loss: -sum_t log pi(y_t | x, y_<t) over response tokens, divided once by their n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from rlhf_jax.metrics import Accumulator, count
 from rlhf_jax.models import decoder
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.parallel import sharding
 from rlhf_jax.stages import inputs
 from rlhf_jax.stages.run_directory import (
     Model,
@@ -28,6 +30,7 @@ from rlhf_jax.stages.run_directory import (
     leave_handoff,
     load_model,
     open_run,
+    place,
 )
 from rlhf_jax.stages.supervised import encode_split, train
 from rlhf_jax.training.forward import response_log_probs
@@ -93,9 +96,7 @@ def make_evaluator(model: ModelConfig, encoded: Any, batch_size: int, run: Run):
     """``evaluate(params) -> {"eval/nll"}`` over held-out demonstrations, every one counted once."""
     objective = make_objective(model)
 
-    @jax.jit
-    def metrics_of(params, batch):
-        return objective(params, {}, batch)[1]
+    metrics_of = sharding.within(run.mesh, jax.jit(lambda params, batch: objective(params, {}, batch)[1]))
 
     def evaluate(params) -> Mapping[str, float]:
         total = Accumulator()
@@ -128,12 +129,19 @@ def init_model(source: ModelSource, config: Config, run: Run, key: jax.Array) ->
         mlp_width=source.mlp_width,
         max_length=config.data.prompt_length + config.data.response_length,
     )
-    params = jax.device_put(decoder.init_params(shape, key), meshes.replicated(run.mesh))
+    init = functools.partial(decoder.init_params, shape)
+    # Straight into place: no device ever holds the whole.
+    params = jax.jit(init, out_shardings=place(run.mesh, shape, jax.eval_shape(init, key)))(key)
     return Model(config=shape, params=params, tokenizer=tokenizer, origin="fresh weights", facts={})
 
 
 def run(
-    config: Config, workdir: str | os.PathLike, *, parallelism: meshes.Parallelism = "jit", stop: StopRequest
+    config: Config,
+    workdir: str | os.PathLike,
+    *,
+    parallelism: meshes.Parallelism = "jit",
+    mesh: jax.sharding.Mesh | None = None,
+    stop: StopRequest,
 ) -> None:
     """Runs the stage to its hand-off; returns at once if it is there.
 
@@ -141,7 +149,7 @@ def run(
       InputError: anything the user gave that cannot be used, before any training.
       Interrupted: stopped on request, after saving.
     """
-    run_ = open_run(workdir, "sft", config, inputs={}, parallelism=parallelism, stop=stop)
+    run_ = open_run(workdir, "sft", config, inputs={}, parallelism=parallelism, mesh=mesh, stop=stop)
     if run_.finished:
         return
     model = init_model(config.model, config, run_, run_.key(config.seed, Purpose.INIT))

@@ -10,6 +10,7 @@ import jax
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.parallel import sharding
 from rlhf_jax.stages import inputs
 from rlhf_jax.stages.run_directory import Model, Progress, Purpose, Run, check_context, write_data_report
 from rlhf_jax.training.loop import fit
@@ -57,7 +58,7 @@ def train(
       run: the open run.
       config: the stage's config; ``seed``, ``optimizer``, ``schedule``, ``batch_size``, ``num_microbatches`` are read.
       objective: see ``training.step``.
-      params: initial parameters, replicated over the run's mesh.
+      params: initial parameters, in their place on the run's mesh.
       frozen: parameters that the objective reads and nothing trains.
       iterator: endless batches of ``config.batch_size`` rows.
       evaluate: ``evaluate(params)`` -> the held-out numbers.
@@ -72,14 +73,16 @@ def train(
         )
     meshes.check_rows(run.mesh, config.batch_size // parts, "config.batch_size / num_microbatches")
     optimizer = make_optimizer(config.optimizer, config.schedule.num_steps)
+    state = init_train_state(params, optimizer, run.key(config.seed, Purpose.TRAIN))
+    places = sharding.mirrored(run.mesh, state, params, jax.tree.map(lambda x: x.sharding, params))
+    state = jax.device_put(state, places)
     train_step = meshes.compile_step(
         lambda axis: make_train_step(objective, optimizer, num_microbatches=parts, axis_name=axis),
         run.mesh,
         run.parallelism,
+        places,
     )
-    key = run.key(config.seed, Purpose.TRAIN)
-    state = jax.device_put(init_train_state(params, optimizer, key), meshes.replicated(run.mesh))
-    prepared = None if prepare is None else jax.jit(prepare)
+    prepared = None if prepare is None else sharding.within(run.mesh, jax.jit(prepare))
 
     def step(state: TrainState, batch: Any):
         if prepared is not None:

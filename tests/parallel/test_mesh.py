@@ -69,3 +69,32 @@ def test_what_cannot_be_laid_out_is_refused():
         meshes.check_rows(mesh, 12, "batch_size")
     with pytest.raises(InputError, match="--parallelism='tpu'; use 'jit' or 'pmap'"):
         meshes.compile_step(make_step, mesh, "tpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dat:8", "there is no axis 'dat'; name data, fsdp or tensor"),
+        ("data", "the size of data is ''; give a whole number above 0, as in data:4"),
+        ("data:0,fsdp:8", "the size of data is '0'"),
+        ("data:-1", "the size of data is '-1'"),
+        ("fsdp:4,fsdp:2", "fsdp is there twice"),
+        ("fsdp:4", "is for 4 devices and there are 8; give sizes whose product is 8"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(text, message):
+    with pytest.raises(InputError, match=f"--mesh={text}.*{message}"):
+        meshes.make_mesh(text)
+
+
+def test_a_mesh_has_three_axes_and_rows_are_split_over_two():
+    assert dict(meshes.make_mesh("").shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    mesh = meshes.make_mesh(" tensor:2, data:2 ,fsdp:2")
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    rows = meshes.put_rows(mesh, np.arange(8).reshape(8, 1))
+    assert sorted(shard.data.ravel().tolist() for shard in rows.addressable_shards) == [
+        [2 * i, 2 * i + 1] for i in range(4) for _ in range(2)
+    ]
+    meshes.check_rows(mesh, 12, "batch_size")
+    with pytest.raises(InputError, match="batch_size is 6, which does not divide over 4 devices"):
+        meshes.check_rows(mesh, 6, "batch_size")

@@ -1,0 +1,270 @@
+"""The functions that a stage runs, lowered for a mesh from shapes alone and compiled. Imports stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rlhf_jax.models import decoder, heads
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.parallel import planner, sharding
+from rlhf_jax.rewards import reward_model as rewards
+from rlhf_jax.sampling.generate import generate
+from rlhf_jax.stages import dpo, grpo, online, ppo, reward_model, sft
+from rlhf_jax.stages.preference_objectives import make_pair_objective
+from rlhf_jax.training.optimizer import make_optimizer
+from rlhf_jax.training.step import init_train_state, make_train_step
+from rlhf_jax.types import DemonstrationBatch, PreferenceBatch, Rollout, ScoredRollout
+
+STAGES = {
+    "sft": sft.Config,
+    "reward_model": reward_model.Config,
+    "dpo": dpo.Config,
+    "ppo": ppo.Config,
+    "grpo": grpo.Config,
+}
+
+
+class DoesNotFit(Exception):
+    """The compiler found no way to run a program in the chip's memory; says what it would have needed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """A jitted function with the shapes it is called with, ``runs`` times a step.
+
+    resident: what of the stage's own arrays is among them, and so is not beside them.
+    """
+
+    name: str
+    function: Any
+    arguments: tuple
+    runs: int = 1
+    resident: Any = ()
+
+
+def plan(stage: str, mesh: Mesh, config: Any, model: ModelConfig) -> planner.Plan:
+    """Compiles what ``stage`` runs on ``mesh``.
+
+    Raises:
+      DoesNotFit: a program by itself is too large.
+      InputError: rows that do not divide over the mesh.
+    """
+    meshes.check_rows(mesh, rows_of_an_update(config), "rows of a micro-batch")
+    works, resident, useful = _BUILDERS[stage](mesh, config, model)
+    costs = []
+    for work in works:
+        started = time.monotonic()
+        with sharding.scope(mesh):
+            lowered = work.function.lower(*work.arguments)
+            compiled = _compile(work.name, lowered)
+        costs.append(
+            planner.cost_of(
+                work.name,
+                compiled,
+                beside=planner.resident_bytes(resident) - planner.resident_bytes(work.resident),
+                runs=work.runs,
+                loop_steps=config.data.response_length,
+                seconds=time.monotonic() - started,
+            )
+        )
+    shapes = jax.eval_shape(lambda: decoder.init_params(model, jax.random.key(0)))
+    return planner.Plan(
+        mesh=dict(mesh.shape),
+        costs=tuple(costs),
+        useful_flops=useful,
+        whole=tuple(str(whole) for whole in sharding.whole_axes(mesh, model, shapes)),
+    )
+
+
+def rows_of_an_update(config: Any) -> int:
+    """Rows of a micro-batch."""
+    return config.batch_size // (config.num_microbatches * getattr(config, "num_minibatches", 1))
+
+
+def _compile(name: str, lowered: Any) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
+        if found is None:
+            raise
+        raise DoesNotFit(f"the {name} alone needs {found[1]} of {found[2]}") from None
+
+
+def _parameters(mesh: Mesh, model: ModelConfig, *, head: bool = False) -> Any:
+    def init(key):
+        params = decoder.init_params(model, key)
+        return params | {"head": heads.init_scalar_head(model, key)} if head else params
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return _placed(shapes, sharding.parameter_sharding(mesh, model, shapes))
+
+
+def _placed(shapes: Any, places: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+    )
+
+
+def _rows(mesh: Mesh, batch: Any) -> Any:
+    """Shapes of a batch, rows split and scalars whole."""
+    rows, whole = meshes.by_rows(mesh), meshes.replicated(mesh)
+    return _placed(batch, jax.tree.map(lambda leaf: rows if leaf.shape else whole, batch))
+
+
+def _demonstrations(data: Any, rows: int) -> DemonstrationBatch:
+    width = data.prompt_length + data.response_length
+    return DemonstrationBatch(
+        tokens=jax.ShapeDtypeStruct((rows, width), jnp.int32),
+        token_mask=jax.ShapeDtypeStruct((rows, width), bool),
+        response_mask=jax.ShapeDtypeStruct((rows, data.response_length), bool),
+    )
+
+
+def _update(
+    mesh: Mesh, config: Any, objective: Callable, params: Any, frozen: Any, batch: Any, runs: int = 1
+):
+    """The train step as a stage compiles it; and its state's shapes."""
+    optimizer = make_optimizer(config.optimizer, config.schedule.num_steps * runs)
+    state = jax.eval_shape(lambda p, key: init_train_state(p, optimizer, key), params, jax.random.key(0))
+    places = sharding.mirrored(mesh, state, params, jax.tree.map(lambda leaf: leaf.sharding, params))
+    state = _placed(state, places)
+    step = meshes.jit_step(
+        lambda axis: make_train_step(
+            objective, optimizer, num_microbatches=config.num_microbatches, axis_name=axis
+        ),
+        mesh,
+        places,
+    )
+    return Work(
+        name="update", function=step, arguments=(state, frozen, batch), runs=runs, resident=(state, frozen)
+    ), state
+
+
+def _sft(mesh: Mesh, config: sft.Config, model: ModelConfig):
+    batch = _rows(mesh, _demonstrations(config.data, config.batch_size))
+    work, state = _update(mesh, config, sft.make_objective(model), _parameters(mesh, model), {}, batch)
+    return [work], state, 3 * forward_flops(model, config.data, config.batch_size)
+
+
+def _pairs(mesh: Mesh, config: Any) -> PreferenceBatch:
+    one = _demonstrations(config.data, config.batch_size)
+    return _rows(mesh, PreferenceBatch(chosen=one, rejected=one))
+
+
+def _reward_model(mesh: Mesh, config: reward_model.Config, model: ModelConfig):
+    objective = reward_model.make_objective(model)
+    params = _parameters(mesh, model, head=True)
+    work, state = _update(mesh, config, objective, params, {}, _pairs(mesh, config))
+    return [work], state, 3 * forward_flops(model, config.data, 2 * config.batch_size, vocabulary=False)
+
+
+def _dpo(mesh: Mesh, config: dpo.Config, model: ModelConfig):
+    params = _parameters(mesh, model)
+    frozen = {"reference": params}
+    objective = make_pair_objective(model, config.loss)
+    work, state = _update(mesh, config, objective, params, frozen, _pairs(mesh, config))
+    # The policy forward and backward, the reference forward.
+    return [work], (state, frozen), 4 * forward_flops(model, config.data, 2 * config.batch_size)
+
+
+def _ppo(mesh: Mesh, config: ppo.Config, model: ModelConfig):
+    params = {"policy": _parameters(mesh, model), "value": _parameters(mesh, model, head=True)}
+    with_head = forward_flops(model, config.data, config.batch_size)
+    without = forward_flops(model, config.data, config.batch_size, vocabulary=False)
+    # Sampling, reference and old policy; reward and old values; then both trained.
+    useful = 3 * with_head + 2 * without + config.num_epochs * 3 * (with_head + without)
+    return (*_online(mesh, config, model, ppo.make_method(model, model, config), params), useful)
+
+
+def _grpo(mesh: Mesh, config: grpo.Config, model: ModelConfig):
+    with_head = forward_flops(model, config.data, config.batch_size)
+    without = forward_flops(model, config.data, config.batch_size, vocabulary=False)
+    useful = 3 * with_head + without + config.num_epochs * 3 * with_head
+    return (*_online(mesh, config, model, grpo.make_method(model, config), _parameters(mesh, model)), useful)
+
+
+def _online(mesh: Mesh, config: Any, model: ModelConfig, method: online.Method, params: Any):
+    """One iteration: sampling, the reward, what an update holds constant, the updates."""
+    reference, reward = _parameters(mesh, model), _parameters(mesh, model, head=True)
+    sequences = _demonstrations(config.data, config.batch_size)
+    rollout = Rollout(
+        tokens=sequences.tokens,
+        token_mask=sequences.token_mask,
+        response_mask=sequences.response_mask,
+        log_probs=jax.ShapeDtypeStruct(sequences.response_mask.shape, jnp.float32),
+        terminated=jax.ShapeDtypeStruct((config.batch_size,), bool),
+        policy_step=jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    rollout = _rows(mesh, rollout)
+    scores = _rows(mesh, jax.ShapeDtypeStruct((config.batch_size,), jnp.float32))
+    beta = _rows(mesh, jax.ShapeDtypeStruct((), jnp.float32))
+    prepared = (params, reference, ScoredRollout(rollout=rollout, scores=scores), beta)
+    batch, _ = jax.eval_shape(method.prepare, *prepared)
+    part = config.batch_size // config.num_minibatches
+    batch = _rows(mesh, jax.tree.map(lambda x: jax.ShapeDtypeStruct((part, *x.shape[1:]), x.dtype), batch))
+    runs = config.num_epochs * config.num_minibatches
+    frozen = method.frozen_of(params, reference)
+    update, state = _update(mesh, config, method.objective, params, frozen, batch, runs)
+    policy = method.policy_of(params)
+
+    def sample(params, tokens, token_mask, key):
+        return generate(model, params, tokens, token_mask, key, sampling=config.sampling, eos_id=1, pad_id=0)
+
+    prompts = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((config.batch_size, config.data.prompt_length), x.dtype),
+        (rollout.tokens, rollout.token_mask),
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=meshes.replicated(mesh))
+    works = [
+        Work(
+            name="sampling",
+            function=jax.jit(sample),
+            arguments=(policy, *_rows(mesh, prompts), key),
+            resident=policy,
+        ),
+        Work(
+            name="reward",
+            function=jax.jit(lambda params, rollout: rewards.score(model, params, rollout)),
+            arguments=(reward, rollout),
+            resident=reward,
+        ),
+        Work(
+            name="advantages",
+            function=jax.jit(method.prepare),
+            arguments=prepared,
+            resident=(params, reference),
+        ),
+        update,
+    ]
+    return works, (state, reference, reward)
+
+
+def forward_flops(model: ModelConfig, data: Any, rows: int, *, vocabulary: bool = True) -> float:
+    """FLOPs of a forward pass: two a weight and token, attention over half the square, the head on responses."""
+    width, length = model.width, data.prompt_length + data.response_length
+    attended = model.num_heads * model.head_dim
+    kernels = 2 * width * attended + 2 * width * model.num_kv_heads * model.head_dim
+    kernels += (3 if model.gated_mlp else 2) * width * model.mlp_width
+    layer = 2.0 * kernels * length + 2.0 * length * length * attended
+    head = 2.0 * model.vocab_size * width * data.response_length if vocabulary else 0.0
+    return rows * (model.num_layers * layer + head)
+
+
+_BUILDERS: dict[str, Callable[[Mesh, Any, ModelConfig], tuple[list[Work], Any, float]]] = {
+    "sft": _sft,
+    "reward_model": _reward_model,
+    "dpo": _dpo,
+    "ppo": _ppo,
+    "grpo": _grpo,
+}

@@ -1,0 +1,77 @@
+"""Counts read from compiled programs, against programs whose counts are known by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax.parallel import hlo
+from rlhf_jax.parallel import mesh as meshes
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    def repeated(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    text = jax.jit(repeated).lower(jnp.ones((32, 64)), jnp.ones((5, 64, 64))).compile().as_text()
+    counts = hlo.count(text)
+    assert counts.flops == 5 * 2 * 32 * 64 * 64
+    # Each step reads a slice of the weights, not the stack.
+    assert 5 * 64 * 64 * 4 < counts.traffic < 5 * 64 * 64 * 4 * 6
+    assert counts.collectives == () and counts.unknown_loops == 0
+
+
+def test_a_loop_of_unknown_length_counts_as_often_as_it_is_said_to_run():
+    def until(x, w):
+        return jax.lax.while_loop(lambda x: jnp.sum(x) > 1.0, lambda x: x @ w, x)
+
+    text = jax.jit(until).lower(jnp.ones((8, 16)), jnp.ones((16, 16))).compile().as_text()
+    counts = hlo.count(text, unknown_trips=7)
+    assert counts.flops == 7 * 2 * 8 * 16 * 16 and counts.unknown_loops == 1
+
+
+def test_communication_has_a_kind_a_size_and_a_group():
+    mesh = meshes.make_mesh("data:4,fsdp:2")
+    x = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("data", None)))
+    w = jax.device_put(jnp.ones((16, 6)), NamedSharding(mesh, P("fsdp", None)))
+    summed = jax.jit(lambda x: jnp.sum(x, axis=0), out_shardings=NamedSharding(mesh, P()))
+    (found,) = hlo.count(summed.lower(x).compile().as_text()).collectives
+    assert (found.kind, found.bytes, found.devices, found.times) == ("all-reduce", 16 * 4, 4, 1)
+    assert found.wire_bytes == 2 * 3 / 4 * 64
+    gather = jax.jit(lambda w: w + 1, out_shardings=NamedSharding(mesh, P()))
+    (found,) = hlo.count(gather.lower(w).compile().as_text()).collectives
+    assert (found.kind, found.bytes, found.devices) == ("all-gather", 16 * 6 * 4, 2)
+    assert found.wire_bytes == 16 * 6 * 4 / 2
+
+
+TPU_PROGRAM = """HloModule tiny, is_scheduled=true
+
+%fused (param_0.1: bf16[128,64], param_1.2: bf16[4,64,32], param_2: s32[]) -> bf16[128,32] {
+  %param_0.1 = bf16[128,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %param_1.2 = bf16[4,64,32]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %param_2 = s32[]{:T(128)S(6)} parameter(2)
+  %slice = bf16[1,64,32]{2,1,0:T(8,128)(2,1)} dynamic-slice(%param_1.2, %param_2), dynamic_slice_sizes={1,64,32}
+  %flat = bf16[64,32]{1,0:T(8,128)(2,1)} bitcast(%slice)
+  ROOT %conv = bf16[128,32]{1,0:T(8,128)(2,1)} convolution(%param_0.1, %flat), dim_labels=bf_io->bf
+}
+
+ENTRY %main (a: bf16[128,64], b: bf16[4,64,32], i: s32[]) -> bf16[128,256] {
+  %a = bf16[128,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[4,64,32]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %i = s32[]{:T(128)S(6)} parameter(2)
+  %product = bf16[128,32]{1,0:T(8,128)(2,1)} fusion(%a, %b, %i), kind=kOutput, calls=%fused
+  %start = (bf16[128,32]{1,0}, bf16[128,256]{1,0}) all-gather-start(%product), replica_groups=[2,8]<=[16]
+  ROOT %done = bf16[128,256]{1,0} all-gather-done(%start)
+}
+"""
+
+
+def test_what_a_tpu_program_says():
+    """Its matrix products are convolutions inside fusions, and its communication starts and ends apart."""
+    counts = hlo.count(TPU_PROGRAM)
+    assert counts.flops == 2 * 128 * 64 * 32
+    (gather,) = counts.collectives
+    assert (gather.kind, gather.shape, gather.bytes, gather.devices) == ("all-gather", (128, 256), 65536, 8)
+    # One of the four slices is read; the index is small change.
+    assert counts.traffic == pytest.approx(2 * (128 * 64 + 64 * 32 + 128 * 32), abs=8)
