@@ -94,7 +94,9 @@ def _compile(name: str, lowered: Any) -> Any:
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
+        found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error)) or re.search(
+            r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error)
+        )
         if found is None:
             raise
         raise DoesNotFit(f"the {name} alone needs {found[1]} of {found[2]}") from None
