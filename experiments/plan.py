@@ -32,12 +32,22 @@ from rlhf_jax.parallel import mesh as meshes  # noqa: E402
 from rlhf_jax.parallel import planner  # noqa: E402
 from rlhf_jax.stages import config as configs  # noqa: E402
 
-CONFIG = launch.define_config("sft")
+
+def _stage_of(arguments):
+    """The stage that the command line names, before flags are read: --config takes its values when it is defined."""
+    words = " ".join(arguments).replace("--stage ", "--stage=").split()
+    named = [word.partition("=")[2] for word in words if word.lstrip("-").startswith("stage=")] or ["sft"]
+    stage = _SHORT.get(named[-1], named[-1])
+    return stage if stage in plan_programs.STAGES else "sft"
+
+
+_SHORT = {"rm": "reward_model"}
+CONFIG = launch.define_config(_stage_of(sys.argv))
 STAGE = flags.DEFINE_enum(
     "stage",
     "sft",
-    [*plan_programs.STAGES, "rm"],
-    "Whose functions; --config is that stage's. rm is short for reward_model.",
+    [*plan_programs.STAGES, *_SHORT],
+    "Whose functions, and whose config file --config is by default. rm is short for reward_model.",
 )
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "The slice, as v5e:4x4, v5p:4x4x8, v6e:2x4; or here.", required=True
@@ -45,7 +55,7 @@ TOPOLOGY = flags.DEFINE_string(
 MODEL = flags.DEFINE_string(
     "model",
     None,
-    "Hugging Face directory (config.json is enough): the shape of every role. For sft: in place of --config.model.path.",
+    "Hugging Face directory (config.json is enough): the shape of every role. sft: in place of --config.model.path.",
 )
 COMPUTE_DTYPE = flags.DEFINE_enum(
     "compute_dtype", None, ["float32", "bfloat16"], "In place of the model's own."
@@ -58,11 +68,13 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables
 
 def main(stop):
     del stop
-    stage = "reward_model" if STAGE.value == "rm" else STAGE.value
+    stage = _stage_of(sys.argv)
     config = configs.from_dict(plan_programs.STAGES[stage], CONFIG.value.to_dict())
     path = MODEL.value or (config.model.path if stage == "sft" else "")
     if not path:
-        raise InputError("--model is not given; give a Hugging Face directory, as experiments/shapes/llama3_8b")
+        raise InputError(
+            "--model is not given; give a Hugging Face directory, as experiments/shapes/llama3_8b"
+        )
     model = huggingface.read_config(path)
     asked = {"compute_dtype": COMPUTE_DTYPE.value, "remat": REMAT.value, "attention": ATTENTION.value}
     model = dataclasses.replace(model, **{name: value for name, value in asked.items() if value is not None})
@@ -90,8 +102,9 @@ def _meshes(devices, config, model):
     found = list(planner.meshes_of(len(devices), rows=rows, heads=model.num_kv_heads))
     if not found:
         raise InputError(
-            f"no mesh of {len(devices)} devices divides micro-batches of {rows} rows and {model.num_kv_heads} key/value "
-            "heads; give --config.batch_size and --config.num_microbatches for rows that are a multiple of the devices"
+            f"no mesh of {len(devices)} devices divides micro-batches of {rows} rows and {model.num_kv_heads} "
+            "key/value heads; change --config.batch_size or --config.num_microbatches until the rows are a multiple of "
+            f"{len(devices)}"
         )
     for sizes in found:
         yield meshes.mesh_of(sizes, devices)

@@ -37,6 +37,13 @@ _FREE = {
 }
 
 
+# Kernels of this project that hold their own products, which no program text shows: how many matrix products of queries
+# with keys (or as large) one run is, of which a causal mask leaves half.
+_KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
+# Names for memory, not work.
+_FREE_CALLS = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast|AsyncCollective\w+)"')
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Array:
     """dtype, dimensions, bytes; near: whether it lives in the chip's fast memory, which is no traffic."""
@@ -110,7 +117,7 @@ def count(text: str, *, unknown_trips: int = 1) -> Counts:
     """
     program, entry = parse(text)
     flops, traffic, unknown, found = 0.0, 0.0, 0, []
-    chains: set[tuple[str, str, str]] = set()
+    chains: set[tuple[str, str]] = set()
     for call in _executed(program, entry, unknown_trips):
         instructions = program[call.name]
         made = {instruction.name: instruction for instruction in instructions}
@@ -119,7 +126,7 @@ def count(text: str, *, unknown_trips: int = 1) -> Counts:
             if not call.fused:
                 traffic += call.times * _traffic(instruction, made, program)
             kind = _kind(instruction)
-            if kind is not None and not _is_repeated(instruction, call, chains):
+            if kind is not None and not _is_repeated(instruction, chains):
                 if kind == "all-reduce" and call.fused and _is_sliced(instruction, instructions):
                     kind = "reduce-scatter"
                 found.append(_collective(kind, instruction, call.times))
@@ -138,7 +145,7 @@ def parse(text: str) -> tuple[Program, str]:
             if match:
                 current = program.setdefault(match[2], [])
                 entry = match[2] if match[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # an instruction may go on over lines that only begin so
             current = None
         elif current is not None and (match := _INSTRUCTION.match(line)):
             instruction = _instruction(match[2], match[3], root=bool(match[1]))
@@ -183,17 +190,16 @@ def _closing(text: str, start: int) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Call:
-    """A computation that runs: its name, how often, whether it is the inside of a fusion, and of what in the end."""
+    """A computation that runs: its name, how often, and whether it is the inside of a fusion."""
 
     name: str
     times: int
     fused: bool
-    within: str
 
 
 def _executed(program: Program, entry: str, unknown_trips: int) -> Iterator[_Call]:
     """Everything that runs, each call apart."""
-    waiting = collections.deque([_Call(name=entry, times=1, fused=False, within=entry)])
+    waiting = collections.deque([_Call(name=entry, times=1, fused=False)])
     while waiting:
         call = waiting.popleft()
         yield call
@@ -217,8 +223,7 @@ def _executed(program: Program, entry: str, unknown_trips: int) -> Iterator[_Cal
                 fused = fused or instruction.opcode == "fusion"
             else:
                 continue
-            within = call.within if fused else name
-            waiting.append(_Call(name=name, times=times, fused=fused, within=within))
+            waiting.append(_Call(name=name, times=times, fused=fused))
 
 
 def _trips(loop: Instruction, made: Mapping[str, Instruction], program: Program) -> int | None:
@@ -245,23 +250,41 @@ def _trips(loop: Instruction, made: Mapping[str, Instruction], program: Program)
     place = int(re.search(r"index=(\d+)", counter.rest)[1])
     first = made.get(start.operands[place]) if start is not None and start.opcode == "tuple" else None
     begins = _value(first) if first is not None and first.opcode == "constant" else 0
-    return _value(limit) - begins
+    return -(-(_value(limit) - begins) // _stride(program[_called(loop, "body")], place))
+
+
+def _stride(body: Sequence[Instruction], place: int) -> int:
+    """By how much one run of a loop's body moves the counter at ``place``: more than 1 where the loop was unrolled."""
+    made = {instruction.name: instruction for instruction in body}
+    (root,) = (instruction for instruction in body if instruction.root)
+    if root.opcode != "tuple":
+        return 1
+    total, now = 0, made.get(root.operands[place])
+    while now is not None and now.opcode == "add":
+        operands = [made[name] for name in now.operands]
+        constants = [operand for operand in operands if operand.opcode == "constant"]
+        if len(constants) != 1:
+            break
+        total += _value(constants[0])
+        now = next(operand for operand in operands if operand is not constants[0])
+    return total or 1
 
 
 def _value(constant: Instruction) -> int:
     return int(re.match(r"-?\d+", constant.rest)[0])
 
 
-def _is_repeated(instruction: Instruction, call: _Call, chains: set[tuple[str, str, str]]) -> bool:
+def _is_repeated(instruction: Instruction, chains: set[tuple[str, str]]) -> bool:
     """Whether this is another part of communication that was seen.
 
-    A TPU runs one beside several fusions, each of which holds a copy of it with the name of its chain.
+    A TPU runs one beside several fusions, each of which holds a copy of it under the same channel and chain. The copy
+    that runs least comes first: ``_executed`` visits what is outside before what is inside.
     """
     chain = re.search(r'chain_id="(\d+)"', instruction.rest)
     if chain is None:
         return False
     channel = re.search(r"channel_id=(\d+)", instruction.rest)
-    mark = (call.within, chain[1], channel[1] if channel else "")
+    mark = (channel[1] if channel else instruction.name, chain[1])
     seen = mark in chains
     chains.add(mark)
     return seen
@@ -294,6 +317,13 @@ def _flops(instruction: Instruction, made: Mapping[str, Instruction]) -> float:
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)[1]
         inner = math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
         return 2.0 * inner * math.prod(instruction.arrays[0].shape)
+    if instruction.opcode == "custom-call":
+        products = next((n for name, n in _KERNEL_PRODUCTS.items() if instruction.name.startswith(name)), 0)
+        if not products:
+            return 0.0
+        # Operands: two maps of blocks, queries [rows, heads, columns, width], keys, values.
+        queries = made[instruction.operands[2]].arrays[0].shape
+        return products * math.prod(queries) * float(queries[-2])
     if instruction.opcode != "convolution":
         return 0.0
     # A TPU computes matrix products as convolutions: features are contracted; a window is another contracted axis,
@@ -319,6 +349,8 @@ def _flops(instruction: Instruction, made: Mapping[str, Instruction]) -> float:
 def _traffic(instruction: Instruction, made: Mapping[str, Instruction], program: Program) -> int:
     """Bytes read and written: outputs, and of the operands what is really read; slices count as slices."""
     if instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update", "-start")):
+        return 0
+    if instruction.opcode == "custom-call" and _FREE_CALLS.search(instruction.rest):
         return 0
     written = sum(array.bytes for array in instruction.arrays if not array.near)
     reads = [

@@ -31,9 +31,9 @@ class Chip:
     links: float
 
 
-# By JAX's device_kind. TPUs: Google Cloud's "System architecture" page of each version, of memory what the compiler says
-# that it may use; links are half of what the page gives for both directions together. GPUs: NVIDIA's data sheets, dense.
-# A v2 or v3 chip is two devices and is not here.
+# By JAX's device_kind. TPUs: Google Cloud's "System architecture" page of each version; of memory, what the compiler
+# says that it may use; links are half of what the page gives for both directions together. GPUs: NVIDIA's data sheets,
+# dense. A v2 or v3 chip is two devices and is not here.
 CHIPS = {
     "TPU v4": Chip(memory=30.75 * 2**30, flops=275e12, bandwidth=1228e9, links=300e9),
     "TPU v5 lite": Chip(memory=15.75 * 2**30, flops=197e12, bandwidth=819e9, links=200e9),
