@@ -251,7 +251,12 @@ def test_what_does_not_fit_is_reported_alike_and_remembered(sets, tokenizer, tru
     narrow = {"prompt_length": 14, "response_length": 14, "truncation": truncation}
     eager, report = b.encode_demonstrations(rows, tokenizer, **narrow)
     assert report.dropped or report.truncated
-    first, first_report = b.encode_demonstrations(opened.rows, tokenizer, **narrow)
+    monkeypatch.setattr(scans, "_CHUNK", 20)
+    seen = []
+    first, first_report = b.encode_demonstrations(
+        opened.rows, tokenizer, progress=lambda *counts: seen.append(counts), **narrow
+    )
+    assert seen == [(0, 53), (20, 53), (40, 53), (53, 53)]
 
     def never(*_):
         raise AssertionError("the set was scanned a second time")
