@@ -10,7 +10,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import multiprocessing.connection
+import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -134,7 +137,7 @@ class BatchIterator(grain.DatasetIterator):
             options = grain.MultiprocessingOptions(
                 num_workers=self._num_workers, per_worker_buffer_size=_READY
             )
-            self._ahead = iter(rest.mp_prefetch(options, worker_init_fn=_leave_interrupts_to_the_parent))
+            self._ahead = iter(rest.mp_prefetch(options, worker_init_fn=_begin_worker))
         return self._ahead
 
     def get_state(self) -> dict[str, Any]:
@@ -171,10 +174,20 @@ class BatchIterator(grain.DatasetIterator):
         self._ahead = None
 
 
-def _leave_interrupts_to_the_parent(index: int, count: int) -> None:
-    """A Ctrl-C reaches every process of a terminal; the run is to finish its step, and needs its workers for that."""
+def _begin_worker(index: int, count: int) -> None:
+    """Has a worker live exactly as long as it is of use.
+
+    A Ctrl-C reaches every process of a terminal, and the run needs its workers to finish its step; a run that was
+    killed outright can tell nobody.
+    """
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def batches(
