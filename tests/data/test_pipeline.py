@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -117,6 +118,7 @@ def test_worker_processes_change_nothing_and_resume_in_the_middle(lazy):
         assert state == {**alone.get_state(), "next_batch": 5}
     finally:
         working.close()
+    assert not multiprocessing.active_children()
     # With another number of workers, or none, the same state goes on with the same batch.
     resumed = make(lazy, batch_size=2, seed=4)
     resumed.set_state(state)
@@ -133,7 +135,7 @@ if __name__ == "__main__":
     encoded, _ = batches.encode_demonstrations(rows, world.world_tokenizer(), prompt_length=16, response_length=48)
     share = pipeline.Share(num_workers=1)
     iterator = batches.demonstration_batches(encoded, batch_size=4, seed=0, share=share)
-    next(iterator)
+    next(iterator), next(iterator)
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGINT)  # as Ctrl-C does
     for _ in range(20):  # more than there are ahead
