@@ -2,11 +2,11 @@
 
     python -m benchmarks.compare --peer=trl --peer_python=<python with trl==1.16.0> --tasks=sft,dpo,rm,grpo,gen
     python -m benchmarks.compare --peer=trl --peer_python=<python with trl==1.12.0> --tasks=ppo
-    python -m benchmarks.compare --peer=tunix --peer_python=<python with google-tunix==0.1.7> --tasks=sft,dpo,grpo,ppo,gen
+    python -m benchmarks.compare --peer=tunix --peer_python=<python with tunix> --tasks=sft,dpo,grpo,ppo,gen
 
 Each side is a fresh process; the two alternate so that whatever else the machine does falls on both. Shapes: sft 8 rows
-of 256; dpo 4 pairs of 256, half of it prompt; rm 8 pairs of 256; grpo, ppo and gen 16 rows of 64 + 64. It prints two JSON
-lines a round, and one a task at the end.
+of 256; dpo 4 pairs of 256, half of it prompt; rm 8 pairs of 256; grpo, ppo and gen 16 rows of 64 + 64. It prints two
+JSON lines a round, and one a task at the end.
 """
 
 import json

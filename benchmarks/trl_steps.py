@@ -228,7 +228,9 @@ def main():
         seconds, tokens = generate(*shape)
     else:
         clock = Clock()
-        trainer, tokens = {"sft": sft, "dpo": dpo, "rm": rm, "grpo": grpo, "ppo": ppo}[arguments.task](*shape, clock)
+        trainer, tokens = {"sft": sft, "dpo": dpo, "rm": rm, "grpo": grpo, "ppo": ppo}[arguments.task](
+            *shape, clock
+        )
         trainer.train()
         seconds = clock.seconds
     median = statistics.median(seconds[WARM_UP:])

@@ -24,12 +24,13 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import inputs, online, rollouts
+from rlhf_jax.stages import adapters, inputs, online, rollouts
 from rlhf_jax.stages.run_directory import (
     check_context,
     check_same_family,
     check_scores,
     leave_handoff,
+    load_beside,
     load_model,
     open_run,
 )
@@ -55,6 +56,7 @@ class Config:
     iteration's updates end once KL(old || new) per token exceeds it; 0 never. temperature: of sampling, and of every
     log-prob; nothing is truncated, so that samples come from the very policy that is scored. stop_when: what ends the
     run before its schedule. num_eval_prompts:
+    lora: whether policy and value model are adapters on the one base, which reference and reward model share.
     held-out prompts sampled at every evaluation. eval_responses_per_prompt: responses to each of them; more than
     one where prompts are few.
     """
@@ -82,6 +84,7 @@ class Config:
     early_stop_kl: float = 0.0
     temperature: float = 1.0
     stop_when: rollouts.StopWhen = dataclasses.field(default_factory=rollouts.StopWhen)
+    lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
 
@@ -232,7 +235,14 @@ def run(
     run_ = open_run(workdir, "ppo", config, inputs=where, parallelism=parallelism, mesh=mesh, stop=stop)
     if run_.finished:
         return
-    model, reward = load_model(init_from, run_), load_model(reward_from, run_)
+    model = load_model(init_from, run_)
+    reward = load_beside(reward_from, run_, model, config.lora)
+    if config.lora.rank and reward.adapter is None:
+        raise InputError(
+            f"config.lora.rank is {config.lora.rank}, which keeps one base for all four roles, and "
+            f"--reward_from={reward_from} was trained whole; train it from {init_from} with the same "
+            "--config.lora.*, or give rank 0"
+        )
     check_same_family(model, reward)
     check_scores(reward)
     check_context(reward, config.data.prompt_length + config.data.response_length)
@@ -245,6 +255,8 @@ def run(
     )
     value, offset = rollouts.first_member(reward)
     value_head = {"kernel": value["head"]["kernel"], "bias": value["head"]["bias"] - offset}
+    adapter = None if reward.adapter is None else reward.adapter["adapter"]
+    value = {"decoder": value["decoder"]} if adapter is None else {"adapter": adapter}
     state = online.train(
         run_,
         config,
@@ -252,7 +264,7 @@ def run(
         model=model,
         params={
             "policy": {"decoder": model.params["decoder"]},
-            "value": {"decoder": value["decoder"], "head": value_head},
+            "value": {**value, "head": value_head},
         },
         encoded=encoded,
         held_out=held_out,
@@ -262,7 +274,7 @@ def run(
         run_,
         config,
         model,
-        state.train.params["policy"],
+        adapters.result(state.train.params["policy"], model.params, config.lora.settings),
         made_from=[init_from, reward_from],
         facts={"beta": float(state.beta)},
     )

@@ -29,7 +29,7 @@ from rlhf_jax.stages.run_directory import (
     check_context,
     check_same_family,
     check_scores,
-    load_model,
+    load_beside,
     write_data_report,
 )
 from rlhf_jax.types import Rollout, ScoredRollout
@@ -269,7 +269,7 @@ def load_reward(config: Any, reward_from: str, run: Run, model: Model, encoded: 
         raise InputError(
             f"config.reward is {config.reward!r}, which needs --reward_from=<run of experiments.{stage}>"
         )
-    reward = load_model(reward_from, run)
+    reward = load_beside(reward_from, run, model, config.lora)
     check_same_family(model, reward)
     check_scores(reward, steps=is_process)
     check_context(reward, config.data.prompt_length + config.data.response_length)

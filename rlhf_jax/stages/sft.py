@@ -22,7 +22,7 @@ from rlhf_jax.models import decoder
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
-from rlhf_jax.stages import inputs
+from rlhf_jax.stages import adapters, inputs
 from rlhf_jax.stages.run_directory import (
     Model,
     Purpose,
@@ -61,7 +61,7 @@ class ModelSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One SFT run; see the fields' own classes."""
+    """One SFT run; see the fields' own classes. lora: whether an adapter on ``model`` is trained, not all of it."""
 
     seed: int = 0
     model: ModelSource = dataclasses.field(default_factory=ModelSource)
@@ -70,9 +70,15 @@ class Config:
     schedule: Schedule = dataclasses.field(default_factory=lambda: Schedule(num_steps=300))
     batch_size: int = 64
     num_microbatches: int = 1
+    lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
 
     def __post_init__(self) -> None:
         check_range(self, "batch_size", "num_microbatches", at_least=1)
+        if self.lora.rank and not self.model.path:
+            raise InputError(
+                f"lora.rank is {self.lora.rank} and model.path is empty: an adapter on fresh weights learns no "
+                "language; give a model.path, or rank 0"
+            )
 
 
 def make_objective(model: ModelConfig):
@@ -157,9 +163,10 @@ def run(
     train_rows, held_out = encode_split(run_, config.data, model, split, batches.encode_demonstrations)
 
     evaluate = make_evaluator(model.config, held_out, config.batch_size, run_)
-    params = train(
+    trained = train(
         run_,
         config,
+        model=model.config,
         objective=make_objective(model.config),
         params=model.params,
         frozen={},
@@ -169,5 +176,5 @@ def run(
         evaluate=evaluate,
         shown=("nll", "grad_norm"),
     )
-    facts = {"eval_perplexity": math.exp(evaluate(params)["eval/nll"])}
-    leave_handoff(run_, config, model, params, made_from=[config.model.path or "fresh weights"], facts=facts)
+    facts = {"eval_perplexity": math.exp(evaluate(trained.params)["eval/nll"])}
+    leave_handoff(run_, config, model, trained, made_from=[config.model.path or "fresh weights"], facts=facts)

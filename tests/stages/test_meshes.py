@@ -72,13 +72,14 @@ def fixed_rows(stage, ladder, workdir, layout, stop=None):
     return supervised.train(
         run,
         config,
+        model=model.config,
         objective=objective,
         params=params,
         frozen=frozen,
         iterator=cut(rows, batch_size=config.batch_size, seed=run.data_seed(0)),
         evaluate=lambda params: {},
         shown=(),
-    )
+    ).params
 
 
 def distance(expected, found):
