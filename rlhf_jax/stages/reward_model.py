@@ -55,7 +55,8 @@ class Config:
 
     members: reward models trained side by side from the one start, each on ``batch_size`` pairs a step of its own.
     Gradients are clipped together. lora: whether an adapter and the head are trained.
-    margin, label_smoothing, centering: see ``losses.bradley_terry_loss``.
+    margin, label_smoothing, centering: see ``losses.bradley_terry_loss``. batches: how rows
+    become batches.
     """
 
     seed: int = 0
@@ -64,6 +65,7 @@ class Config:
     schedule: Schedule = dataclasses.field(default_factory=lambda: Schedule(num_steps=300))
     batch_size: int = 64
     num_microbatches: int = 1
+    batches: inputs.BatchConfig = dataclasses.field(default_factory=inputs.BatchConfig)
     members: int = 1
     lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
     margin: float = 0.0
@@ -205,7 +207,8 @@ def run(
         else make_objective(model.config, **loss),
         params=params,
         frozen={},
-        iterator=batches.preference_batches(
+        iterator=inputs.preference_batches(
+            config.batches,
             train_rows,
             batch_size=config.batch_size * config.members,
             seed=run_.data_seed(config.seed),
