@@ -44,7 +44,8 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 class Config:
     """One run on pairs.
 
-    loss: which loss, and its numbers. batches: how rows become batches. lora: whether an adapter is trained; the reference is then the base itself.
+    loss: which loss, and its numbers. batches: how rows become batches. lora: whether an adapter is trained; the
+    reference is then the base itself.
     """
 
     seed: int = 0

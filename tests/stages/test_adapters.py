@@ -1,7 +1,10 @@
 """Adapters in the place of whole models: one base for every role, hand-offs anyone can take, what is refused."""
 
 import dataclasses
+import json
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 from rlhf_jax import checkpoints
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import lora
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import adapters, config, dpo, online, ppo, reward_model, sft
 from rlhf_jax.stages.adapters import LoraOptions
@@ -18,6 +22,7 @@ from rlhf_jax.training.interrupt import StopRequest
 
 from .conftest import DPO, PPO, REWARD, SFT
 
+ROOT = pathlib.Path(__file__).parents[2]
 LORA = LoraOptions(rank=2, alpha=4.0, targets=("query", "value", "down"))
 
 
@@ -180,3 +185,24 @@ def test_a_run_of_adapters_goes_on_where_it_stopped(ladder, tmp_path):
         for name in ("whole", "cut")
     )
     assert largest_difference(first, second) == 0
+
+
+def test_an_adapter_is_exported_as_peft_writes_it(adapted_reward, ladder, tmp_path):
+    def export(*arguments):
+        command = [sys.executable, "-m", "experiments.export", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
+
+    done = export(f"--run={adapted_reward}", f"--to={tmp_path / 'adapter'}", "--adapter_on=someone/base")
+    assert done.returncode == 0, done.stderr
+    handoff, location = checkpoints.load_handoff(adapted_reward)
+    trained = checkpoints.restore_params(location, name=checkpoints.ADAPTER)
+    settings, adapter, head = lora.load_adapter(tmp_path / "adapter", ModelConfig.from_dict(handoff.model))
+    assert settings == LORA.settings and largest_difference(adapter, trained["adapter"]) == 0
+    bias = float(trained["head"]["bias"]) - handoff.facts["reward_offset"]
+    assert float(head["bias"]) == pytest.approx(bias, abs=1e-6)
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert fields["base_model_name_or_path"] == "someone/base" and fields["task_type"] == "SEQ_CLS"
+
+    whole = export(f"--run={ladder.sft}", f"--to={tmp_path / 'none'}", "--adapter_on=someone/base")
+    assert whole.returncode == 1 and "was trained whole and has no adapter" in whole.stderr
+    assert "Traceback" not in whole.stderr
