@@ -204,5 +204,5 @@ def test_an_adapter_is_exported_as_peft_writes_it(adapted_reward, ladder, tmp_pa
     assert fields["base_model_name_or_path"] == "someone/base" and fields["task_type"] == "SEQ_CLS"
 
     whole = export(f"--run={ladder.sft}", f"--to={tmp_path / 'none'}", "--adapter_on=someone/base")
-    assert whole.returncode == 1 and "was trained whole and has no adapter" in whole.stderr
+    assert whole.returncode == 2 and "was trained whole and has no adapter" in whole.stderr
     assert "Traceback" not in whole.stderr
