@@ -38,8 +38,10 @@ class Config:
     batch_size: rollouts an iteration, ``group_size`` to a prompt. num_epochs, num_minibatches: passes over them, and
     updates a pass. num_microbatches: parts of one update, for memory. reward: what is optimised: "model", a reward
     model, or "process", one of steps (``--reward_from``), or "answer", 1 where the response's final number is the
-    prompt's answer and 0 elsewhere. scoring: how the scores of an ensemble, or of steps, become one. credit: who gets
-    it: the whole "response", or each "step" of a process reward model, and what was written before its end.
+    prompt's answer and 0 elsewhere. scoring: how the scores of an ensemble, or of steps, become one.
+    answer_weight: so many times what "answer" gives are added to the reward of a model or a process, at the last step
+    where steps get credit; 0: none. credit: who gets it: the whole "response", or each "step" of a process reward
+    model, and what was written before its end.
     baseline: what a reward is held against: the mean of its group, of the others of its group, or of the batch.
     scale_advantages: whether they are divided by the standard deviation (of the group, or of the batch).
     ratio: one importance ratio a token, or one a sequence. clip_low, clip_high: it stays in [1 - low, 1 + high].
@@ -69,6 +71,7 @@ class Config:
     num_microbatches: int = 1
     reward: rollouts.RewardKind = "model"
     scoring: rollouts.Scoring = dataclasses.field(default_factory=rollouts.Scoring)
+    answer_weight: float = 0.0
     credit: Literal["response", "step"] = "response"
     baseline: Literal["group", "leave_one_out", "batch"] = "group"
     scale_advantages: bool = True
@@ -229,6 +232,7 @@ def make_method(model: ModelConfig, config: Config) -> online.Method:
         objective=make_objective(model, config),
         group_size=config.group_size,
         rounds=config.rounds,
+        missing_eos_score=config.missing_eos_score,
         beta=config.beta,
         early_stop_kl=config.early_stop_kl,
         by_steps=config.credit == "step",

@@ -13,7 +13,7 @@ import pytest
 from rlhf_jax import checkpoints
 from rlhf_jax.data import arithmetic, batches
 from rlhf_jax.data.arithmetic import ArithmeticConfig
-from rlhf_jax.data.rows import ProcessSteps
+from rlhf_jax.data.rows import ProcessSteps, Prompt
 from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import decoder
@@ -187,7 +187,7 @@ def test_steps_of_a_rollout_are_scored_where_they_end(runs):
         for kind in ("minimum", "product", "last")
     }
     rollout = rollout_of(model, texts)
-    scores, ends = map(np.asarray, reward["minimum"].of_steps(rollout))
+    scores, ends = map(np.asarray, reward["minimum"].of_steps(rollout, [None] * 4))
     where = [np.flatnonzero(row).tolist() for row in ends]
     assert where == [[7, 14], [1, 2], [0], [17]]
     assert (scores[~ends] == 0).all()
@@ -206,6 +206,39 @@ def test_steps_of_a_rollout_are_scored_where_they_end(runs):
         np.testing.assert_allclose(found, [of(scores[i][ends[i]].tolist()) for i in range(4)], rtol=1e-5)
 
 
+def test_a_right_answer_is_added_where_the_last_step_ends(runs):
+    """3+4 is 7: the first row is right, the second wrong, the third says nothing, the fourth is cut off."""
+    model = load_handoff_model(runs / "process")
+    rollout = rollout_of(model, ["3+4+0=7;#### 7", "3+4+0=7;#### 8", "", "#### 7;" + "1" * 30])
+    plain = rollouts.process_reward(model, rollouts.Scoring(steps="product"))
+    rows = [Prompt(prompt="3+4=", answer="7", source="a:1")] * 4
+    answer = rollouts._answer_reward(model.tokenizer)
+    right = np.asarray(answer(rollout, rows))
+    assert right.tolist() == [1.0, 0.0, 0.0, 0.0]
+    both = rollouts.with_answer(plain, answer, 0.5)
+    np.testing.assert_allclose(
+        both.of_rows(rollout, rows), plain.of_rows(rollout, rows) + 0.5 * right, rtol=1e-6
+    )
+    before, ends = map(np.asarray, plain.of_steps(rollout, rows))
+    after, same = map(np.asarray, both.of_steps(rollout, rows))
+    np.testing.assert_array_equal(ends, same)
+    expected = before.copy()
+    expected[0, 14] += 0.5  # " 3+4+0=7;#### 7" is 14 tokens, and EOS ends the last step
+    np.testing.assert_allclose(after, expected, rtol=1e-6)
+    of_model = rollouts.with_answer(rollouts.Reward(of_rows=plain.of_rows), answer, 0.5)
+    assert of_model.of_steps is None
+
+
+def test_a_reward_of_answers_has_no_answers_to_add(runs, ladder, tmp_path):
+    with pytest.raises(InputError, match="answer_weight is 1.0, which config.reward=answer does not read"):
+        wrong = dataclasses.replace(GRPO, reward="answer", answer_weight=1.0)
+        grpo.run(wrong, tmp_path / "a", init_from=str(runs / "sft"), stop=STOP)
+    with pytest.raises(InputError, match="has no answer, which config.answer_weight=1.0 needs"):
+        wrong = dataclasses.replace(GRPO, reward="model", answer_weight=1.0, data=SFT.data)
+        where = {"init_from": ladder.sft, "reward_from": ladder.reward_model}
+        grpo.run(wrong, tmp_path / "b", stop=STOP, **where)
+
+
 GRPO = grpo.Config(
     **(SHARED | {"data": DATA, "batch_size": 32}),
     group_size=4,
@@ -215,11 +248,12 @@ GRPO = grpo.Config(
 )
 
 
-@pytest.mark.parametrize("credit", ["response", "step"])
-def test_grpo_raises_what_the_process_reward_model_likes(credit, runs, tmp_path):
+@pytest.mark.parametrize(("credit", "answer_weight"), [("response", 0.0), ("step", 0.0), ("step", 0.5)])
+def test_grpo_raises_what_the_process_reward_model_likes(credit, answer_weight, runs, tmp_path):
     config = dataclasses.replace(
         GRPO,
         credit=credit,
+        answer_weight=answer_weight,
         schedule=Schedule(num_steps=30),
         optimizer=OptimizerConfig(learning_rate=5e-3, schedule="constant"),
         num_eval_prompts=24,
