@@ -19,7 +19,7 @@ from rlhf_jax.evaluation.policies import RowReward
 from rlhf_jax.metrics import mean_of
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
-from rlhf_jax.rewards import ensembles, objectives, process, process_model, reward_model, verifiers
+from rlhf_jax.rewards import ensembles, objectives, process, process_model, reward_model, sentiment, verifiers
 from rlhf_jax.sampling.generate import SamplingConfig, generate
 from rlhf_jax.stages import inputs
 from rlhf_jax.stages.run_directory import (
@@ -164,7 +164,7 @@ class StopWhen:
         return too_far or (self.alarm and found["eval/alarm"] > 0)
 
 
-RewardKind = Literal["model", "answer", "process"]
+RewardKind = Literal["model", "answer", "process", "sentiment"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -279,6 +279,10 @@ def load_reward(config: Any, reward_from: str, run: Run, model: Model, encoded: 
     Raises:
       InputError: no reward model where one is needed, one of another kind or tokenizer, or prompts without answers.
     """
+    if config.reward in ("answer", "sentiment") and reward_from:
+        raise InputError(
+            f"--reward_from={reward_from} is given, which config.reward={config.reward} does not read; leave one out"
+        )
     if config.reward == "answer" and config.answer_weight:
         raise InputError(
             f"config.answer_weight is {config.answer_weight}, which config.reward=answer does not read: the answer is "
@@ -294,7 +298,10 @@ def load_reward(config: Any, reward_from: str, run: Run, model: Model, encoded: 
             )
     if config.reward == "answer":
         return Reward(of_rows=_answer_reward(model.tokenizer))
-    reward = _load_model_reward(config, reward_from, run, model)
+    if config.reward == "sentiment":
+        reward = Reward(of_rows=sentiment_reward(model.tokenizer))
+    else:
+        reward = _load_model_reward(config, reward_from, run, model)
     if not config.answer_weight:
         return reward
     return with_answer(reward, _answer_reward(model.tokenizer), config.answer_weight)
@@ -319,6 +326,13 @@ def _load_model_reward(config: Any, reward_from: str, run: Run, model: Model) ->
 def _answer_reward(tokenizer: Any) -> RowReward:
     return policies.text_reward(
         tokenizer, lambda row, response, ended: float(verifiers.gsm8k_reward([response], [row.answer])[0])
+    )
+
+
+def sentiment_reward(tokenizer: Any) -> RowReward:
+    """How happy a response sounds (``rewards.sentiment``)."""
+    return policies.text_reward(
+        tokenizer, lambda row, response, ended: float(sentiment.sentiment_reward([response])[0])
     )
 
 
