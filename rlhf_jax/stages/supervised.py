@@ -60,7 +60,7 @@ def train(
       objective: see ``training.step``.
       params: initial parameters, in their place on the run's mesh.
       frozen: parameters that the objective reads and nothing trains.
-      iterator: endless batches of ``config.batch_size`` rows.
+      iterator: endless batches of ``config.batch_size`` rows; closed in the end, and its workers with it.
       evaluate: ``evaluate(params)`` -> the held-out numbers.
       shown: names of the metrics that the progress bar shows.
       prepare: ``prepare(params, frozen, batch)`` -> the batch with what the whole of it decides and the update holds
@@ -104,4 +104,5 @@ def train(
         )
     finally:
         progress.close()
+        iterator.close()
     return state.params
