@@ -52,11 +52,11 @@ class Method:
     prepare: ``prepare(params, reference, scored, beta) -> (batch, metrics)``, all that an update holds constant; "kl"
     among the metrics is the mean KL of a response to the reference, in nats. objective: see ``training.step``.
     policy_of: the policy among the trained params. group_size: responses a prompt; rows are groups one after another.
-    rounds: see ``rollouts.make_collect``. beta: the KL penalty to start with. next_beta: ``next_beta(beta, observed
-    kl)``; None keeps it. early_stop_kl: an iteration's updates end once the metric ``approx_kl``, nats a token, is
-    above; 0 never.
-    by_steps: whether ``prepare`` reads the scores of steps, which a process reward model alone has.
-    frozen_of: ``frozen_of(params, reference)`` at the start of an iteration: what the objective reads beside params.
+    rounds, missing_eos_score: see ``rollouts.make_collect``. beta: the KL penalty to start with. next_beta:
+    ``next_beta(beta, observed kl)``; None keeps it. early_stop_kl: an iteration's updates end once the metric
+    ``approx_kl``, nats a token, is above; 0 never. by_steps: whether ``prepare`` reads the scores of steps, which a
+    process reward model alone has. frozen_of: ``frozen_of(params, reference)`` at the start of an iteration: what the
+    objective reads beside params.
     """
 
     prepare: Callable[[Any, Any, ScoredRollout, jax.Array], tuple[Any, dict]]
@@ -64,6 +64,7 @@ class Method:
     policy_of: Callable[[Any], Any] = lambda params: params
     group_size: int = 1
     rounds: int = 1
+    missing_eos_score: float | None = None
     beta: float = 0.0
     next_beta: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     early_stop_kl: float = 0.0
@@ -216,9 +217,12 @@ def train(
         collect=rollouts.make_collect(
             rollouts.make_rollout(run, model, config.sampling),
             sharding.within(run.mesh, rollouts.of_prompts(reward.of_rows, encoded)),
-            step_scores=sharding.within(run.mesh, reward.of_steps) if method.by_steps else None,
+            step_scores=sharding.within(run.mesh, rollouts.of_prompts(reward.of_steps, encoded))
+            if method.by_steps
+            else None,
             group_size=method.group_size,
             rounds=method.rounds,
+            missing_eos_score=method.missing_eos_score,
         ),
         prepare=sharding.within(run.mesh, jax.jit(method.prepare)),
         train_step=meshes.compile_step(

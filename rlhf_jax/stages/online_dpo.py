@@ -35,12 +35,12 @@ class Config:
     """One run; ``schedule`` counts iterations (one batch of rollouts each).
 
     batch_size: rollouts an iteration, ``group_size`` to a prompt, which give one pair. num_epochs, num_minibatches:
-    passes over the pairs, and updates a pass. num_microbatches: parts of one update. reward, scoring: what labels, see
-    ``stages.grpo``. loss: which loss on pairs, any but KTO; its temperature is that of sampling too. reference: "start"
-    is the SFT policy throughout, "iteration" the policy that sampled. stop_when: what ends the run before its schedule.
-    lora: whether the policy is an adapter on the reference.
-    missing_eos_score: replaces the reward of a response that never ended; None keeps it. num_eval_prompts: held-out
-    prompts sampled at every evaluation; eval_responses_per_prompt: responses to each.
+    passes over the pairs, and updates a pass. num_microbatches: parts of one update. reward, scoring,
+    answer_weight: what labels, see ``stages.grpo``. loss: which loss on pairs, any but KTO; its temperature is that of
+    sampling too. reference: "start" is the SFT policy throughout, "iteration" the policy that sampled. stop_when: what
+    ends the run before its schedule. lora: whether the policy is an adapter on the reference. missing_eos_score:
+    replaces the reward of a response that never ended; None keeps it. num_eval_prompts: held-out prompts sampled at
+    every evaluation; eval_responses_per_prompt: responses to each.
     """
 
     seed: int = 0
@@ -54,6 +54,7 @@ class Config:
     num_microbatches: int = 1
     reward: rollouts.RewardKind = "model"
     scoring: rollouts.Scoring = dataclasses.field(default_factory=rollouts.Scoring)
+    answer_weight: float = 0.0
     loss: PreferenceLoss = dataclasses.field(default_factory=PreferenceLoss)
     reference: Literal["start", "iteration"] = "start"
     missing_eos_score: float | None = None
