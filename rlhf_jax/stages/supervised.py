@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -46,6 +47,21 @@ def encode_split(
         held_out, held_out_report = encode(split.held_out, model.tokenizer, **how)
     write_data_report(run, split.left_out, train=train_report, held_out=held_out_report)
     return train, held_out
+
+
+def data_counts(run: Run) -> dict[str, float]:
+    """How many rows the run's ``data.json`` lists as left out ("data/left_out") and cut ("data/truncated").
+
+    Both sides of the split together; without what there is none of.
+    """
+    path = run.workdir / "data.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"unreadable": []}
+    unreadable, sides = found.pop("unreadable"), found.values()
+    counts = {
+        "data/left_out": float(len(unreadable) + sum(len(side["dropped"]) for side in sides)),
+        "data/truncated": float(sum(len(side["truncated"]) for side in sides)),
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 @contextlib.contextmanager
@@ -92,7 +108,7 @@ def train(
       params: initial parameters, in their place on the run's mesh.
       frozen: parameters that the objective reads and nothing trains.
       iterator: endless batches of ``config.batch_size`` rows; closed in the end, and its workers with it.
-      evaluate: ``evaluate(params)`` -> the held-out numbers.
+      evaluate: ``evaluate(params)`` -> the held-out numbers; what `data_counts` says is written beside them.
       shown: names of the metrics that the progress bar shows.
       prepare: ``prepare(params, frozen, batch)`` -> the batch with what the whole of it decides and the update holds
         constant; before it is split into micro-batches.
@@ -127,6 +143,7 @@ def train(
             batch = prepared(state.params, frozen, meshes.put_rows(run.mesh, batch))
         return train_step(state, frozen, batch)
 
+    counts = data_counts(run)
     progress = Progress(run.stage, config.schedule.num_steps, shown, line_every=50)
     try:
         state = fit(
@@ -137,7 +154,7 @@ def train(
             workdir=run.workdir,
             progress=progress,
             stop=run.stop,
-            evaluate=lambda state: evaluate(adapters.result(state.params, base, settings).params),
+            evaluate=lambda state: counts | evaluate(adapters.result(state.params, base, settings).params),
             skipped_updates=lambda state: state.skipped,
         )
     finally:
