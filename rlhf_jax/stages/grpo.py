@@ -23,7 +23,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import process, reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import inputs, online, rollouts
+from rlhf_jax.stages import adapters, inputs, online, rollouts
 from rlhf_jax.training.forward import response_log_probs
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -50,8 +50,9 @@ class Config:
     gradient is the reverse KL's). missing_eos_score: replaces the reward of a response that never ended; None keeps
     it. early_stop_kl: an iteration's updates end once KL(old || new) per token exceeds it; 0 never. rounds: up to so
     many times the prompts are sampled until every group has a spread (DAPO); 1 takes groups as they come. temperature:
-    of sampling, and of every log-prob. stop_when: what ends the run before its schedule. num_eval_prompts: held-out
-    prompts sampled at every evaluation; eval_responses_per_prompt: responses to each.
+    of sampling, and of every log-prob. stop_when: what ends the run before its schedule. lora: whether the
+    policy is an adapter on the reference. num_eval_prompts: held-out prompts sampled at every evaluation;
+    eval_responses_per_prompt: responses to each.
 
     GRPO is the default. RLOO: baseline "leave_one_out", scale_advantages False, kl_in "reward", reduction
     "sequence_mean_of_token_sums". REINFORCE: the same with baseline "batch". Dr. GRPO: scale_advantages False,
@@ -87,6 +88,7 @@ class Config:
     rounds: int = 1
     temperature: float = 1.0
     stop_when: rollouts.StopWhen = dataclasses.field(default_factory=rollouts.StopWhen)
+    lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
 

@@ -15,9 +15,10 @@ from rlhf_jax.data import batches
 from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import count, mean_of, merge
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
-from rlhf_jax.stages import rollouts
+from rlhf_jax.stages import adapters, rollouts
 from rlhf_jax.stages.run_directory import (
     Model,
     Progress,
@@ -179,10 +180,10 @@ def train(
     Args:
       run: the open run.
       config: the stage's config; ``seed``, ``data``, ``optimizer``, ``schedule``, ``batch_size``, ``num_epochs``,
-        ``num_minibatches``, ``num_microbatches``, ``stop_when`` and ``sampling`` are read.
+        ``num_minibatches``, ``num_microbatches``, ``stop_when``, ``lora`` and ``sampling`` are read.
       method: see ``Method``.
       model: the start, which is also the frozen reference.
-      params: what is trained; copied, because an update donates its own.
+      params: what is trained (with ``config.lora``, by adapters); copied, because an update donates its own.
       encoded: training prompts.
       held_out: prompts of every evaluation.
       reward: what is optimised.
@@ -195,6 +196,11 @@ def train(
     evaluate = sharding.within(
         run.mesh, rollouts.make_evaluate(run, config, model, held_out, reward=reward, gold=gold)
     )
+    settings = config.lora.settings
+    if settings is not None:
+        params = adapters.detach(model.config, params, settings, run.key(config.seed, Purpose.ADAPTER))
+        params = jax.device_put(params, sharding.parameter_sharding(run.mesh, model.config, params))
+        method = _adapted(method, {"decoder": model.params["decoder"]}, settings)
     optimizer = make_optimizer(
         config.optimizer, config.schedule.num_steps * config.num_epochs * config.num_minibatches
     )
@@ -256,6 +262,25 @@ def train(
         progress.close()
 
 
+def _adapted(method: Method, base: Any, settings: LoraConfig) -> Method:
+    """A method on whole parameters as one on adapters, whose base is also the frozen reference."""
+
+    def prepare(trained: Any, reference: Any, scored: ScoredRollout, beta: jax.Array):
+        return method.prepare(adapters.attach(trained, reference, settings), reference, scored, beta)
+
+    def frozen_of(trained: Any, reference: Any):
+        own = method.frozen_of(adapters.attach(trained, reference, settings), reference)
+        return {"base": reference, "own": own}
+
+    return dataclasses.replace(
+        method,
+        prepare=prepare,
+        objective=adapters.adapted(method.objective, settings),
+        policy_of=lambda trained: method.policy_of(adapters.attach(trained, base, settings)),
+        frozen_of=frozen_of,
+    )
+
+
 def run(
     stage: str,
     config: Any,
@@ -308,7 +333,8 @@ def run(
         held_out=held_out,
         reward=rollouts.load_reward(config, reward_from, run_, model, encoded),
     )
-    leave_handoff(run_, config, model, state.train.params, made_from=list(where.values()), facts={})
+    trained = adapters.result(state.train.params, model.params, config.lora.settings)
+    leave_handoff(run_, config, model, trained, made_from=list(where.values()), facts={})
 
 
 def check_split(config: Any, mesh: jax.sharding.Mesh, *, group_size: int) -> None:

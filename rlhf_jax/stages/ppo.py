@@ -27,7 +27,7 @@ from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards import process, reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import inputs, online, rollouts
+from rlhf_jax.stages import adapters, inputs, online, rollouts
 from rlhf_jax.stages.run_directory import Model, Run, leave_handoff, load_model, open_run
 from rlhf_jax.training.forward import response_log_probs, response_values
 from rlhf_jax.training.interrupt import StopRequest
@@ -54,6 +54,7 @@ class Config:
     iteration's updates end once KL(old || new) per token exceeds it; 0 never. temperature: of sampling, and of every
     log-prob; nothing is truncated, so that samples come from the very policy that is scored. stop_when: what ends the
     run before its schedule. num_eval_prompts:
+    lora: whether policy and value model are adapters on the one base, which reference and reward model share.
     held-out prompts sampled at every evaluation. eval_responses_per_prompt: responses to each of them; more than
     one where prompts are few.
     """
@@ -84,6 +85,7 @@ class Config:
     early_stop_kl: float = 0.0
     temperature: float = 1.0
     stop_when: rollouts.StopWhen = dataclasses.field(default_factory=rollouts.StopWhen)
+    lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
 
@@ -254,7 +256,7 @@ def run(
         responses_per_prompt=config.eval_responses_per_prompt,
     )
     reward = rollouts.load_reward(config, reward_from, run_, model, encoded)
-    value_config, value = _initial_value(config, reward_from, run_, model)
+    value_config, value = _initial_value(config, reward, run_, model)
     state = online.train(
         run_,
         config,
@@ -269,24 +271,38 @@ def run(
         run_,
         config,
         model,
-        state.train.params["policy"],
+        adapters.result(state.train.params["policy"], model.params, config.lora.settings),
         made_from=list(where.values()),
         facts={"beta": float(state.beta)},
     )
 
 
-def _initial_value(config: Config, reward_from: str, run_: Run, model: Model) -> tuple[ModelConfig, Any]:
-    """The value model's shape and params: the reward model's, less its offset, or the policy's that answers 0."""
-    if config.reward != "model":
+def _initial_value(
+    config: Config, reward: rollouts.Reward, run_: Run, model: Model
+) -> tuple[ModelConfig, Any]:
+    """The value model's shape and params: the reward model's, less its offset, or the policy's that answers 0.
+
+    Raises:
+      InputError: adapters, and a reward model that is none on the same base.
+    """
+    source = reward.model
+    if config.reward != "model" or source is None:
         head = heads.zero_scalar_head(model.config)
         head = jax.device_put(
             head, sharding.parameter_sharding(run_.mesh, model.config, {"head": head})["head"]
         )
         return model.config, {"decoder": model.params["decoder"], "head": head}
-    reward = load_model(reward_from, run_)
-    value, offset = rollouts.first_member(reward)
+    if config.lora.rank and source.adapter is None:
+        raise InputError(
+            f"config.lora.rank is {config.lora.rank}, which keeps one base for all four roles, and "
+            f"--reward_from={source.origin} was trained whole; train it from {model.origin} with the same "
+            "--config.lora.*, or give rank 0"
+        )
+    value, offset = rollouts.first_member(source)
     head = {"kernel": value["head"]["kernel"], "bias": value["head"]["bias"] - offset}
-    return reward.config, {"decoder": value["decoder"], "head": head}
+    if source.adapter is not None:
+        return source.config, {"adapter": source.adapter["adapter"], "head": head}
+    return source.config, {"decoder": value["decoder"], "head": head}
 
 
 def _scaled(term: WeightedSum, factor: float) -> WeightedSum:

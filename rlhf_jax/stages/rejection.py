@@ -24,7 +24,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import inputs, online, rollouts
+from rlhf_jax.stages import adapters, inputs, online, rollouts
 from rlhf_jax.training.forward import response_log_probs
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -43,9 +43,10 @@ class Config:
     min_score: with "best", a response below it is not imitated even if it is the best; None imitates them all.
     weight_temperature: divides rewards before exp, the leash's beta; max_weight: the largest weight (the metric
     "capped" is the share of responses that reach it: at 1 all weigh the same, and nothing is learned but to imitate
-    oneself). stop_when: what ends the run before its schedule. missing_eos_score: replaces the reward of a response
-    that never ended; None keeps it. temperature: of sampling, and of every log-prob. num_eval_prompts: held-out
-    prompts sampled at every evaluation; eval_responses_per_prompt: responses to each.
+    oneself). stop_when: what ends the run before its schedule. lora: whether the policy is an adapter on the
+    reference. missing_eos_score: replaces the reward of a response that never ended; None keeps it. temperature: of
+    sampling, and of every log-prob. num_eval_prompts: held-out prompts sampled at every evaluation;
+    eval_responses_per_prompt: responses to each.
     """
 
     seed: int = 0
@@ -67,6 +68,7 @@ class Config:
     missing_eos_score: float | None = None
     temperature: float = 1.0
     stop_when: rollouts.StopWhen = dataclasses.field(default_factory=rollouts.StopWhen)
+    lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
 

@@ -29,7 +29,7 @@ from rlhf_jax.stages.run_directory import (
     check_context,
     check_same_family,
     check_scores,
-    load_model,
+    load_beside,
     write_data_report,
 )
 from rlhf_jax.types import Rollout, ScoredRollout
@@ -189,19 +189,22 @@ class Reward:
 
     of_rows: one number a response. of_steps: of a process reward model ``of_steps(rollout, data rows) -> (scores [B, R]
     float32 at the tokens that end steps, where they end [B, R])``; None for every other reward. of_members: of an
-    ensemble, the scores of each member [E, B]; None for every other reward.
+    ensemble, the scores of each member [E, B]; None for every other reward. model: the reward model of responses, where
+    it is one.
     """
 
     of_rows: RowReward
     of_steps: Callable[[Rollout, Sequence[Any]], tuple[jax.Array, jax.Array]] | None = None
     of_members: Callable[[Rollout], jax.Array] | None = None
+    model: Model | None = None
 
 
 def model_reward(reward: Model, scoring: Scoring) -> Reward:
     """The frozen reward model of a run, or an ensemble, its scores shifted by the offset that the run stored."""
     if "ensemble_offsets" not in reward.facts:
         offset = float(reward.facts["reward_offset"])
-        return Reward(of_rows=policies.model_reward(reward.config, reward.params, offset))
+        of_rows = policies.model_reward(reward.config, reward.params, offset)
+        return Reward(of_rows=of_rows, model=reward)
     aggregate = {
         "mean": ensembles.mean_score,
         "worst_case": ensembles.worst_case_score,
@@ -220,6 +223,7 @@ def model_reward(reward: Model, scoring: Scoring) -> Reward:
     return Reward(
         of_rows=lambda rollout, rows: of_rows(reward.params, rollout),
         of_members=lambda rollout: of_members(reward.params, rollout),
+        model=reward,
     )
 
 
@@ -314,7 +318,7 @@ def _load_model_reward(config: Any, reward_from: str, run: Run, model: Model) ->
         raise InputError(
             f"config.reward is {config.reward!r}, which needs --reward_from=<run of experiments.{stage}>"
         )
-    reward = load_model(reward_from, run)
+    reward = load_beside(reward_from, run, model, config.lora)
     check_same_family(model, reward)
     check_scores(reward, steps=is_process)
     check_context(reward, config.data.prompt_length + config.data.response_length)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import jax
+import tqdm
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
-from rlhf_jax.stages import inputs
+from rlhf_jax.stages import adapters, inputs
 from rlhf_jax.stages.run_directory import Model, Progress, Purpose, Run, check_context, write_data_report
+from rlhf_jax.training.interrupt import Interrupted
 from rlhf_jax.training.loop import fit
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.step import Objective, TrainState, init_train_state, make_train_step
@@ -32,18 +37,42 @@ def encode_split(
 
     Raises:
       InputError: a row that cannot be used, or widths beyond the model's context.
+      Interrupted: stopped on request while a prepared set was scanned.
     """
     check_context(model, data.prompt_length + data.response_length)
-    train, train_report = encode(split.train, model.tokenizer, **data.widths)
-    held_out, held_out_report = encode(split.held_out, model.tokenizer, **data.widths)
+    with _shown_scan(run) as progress:
+        how = {"progress": progress, **data.widths}
+        train, train_report = encode(split.train, model.tokenizer, **how)
+        held_out, held_out_report = encode(split.held_out, model.tokenizer, **how)
     write_data_report(run, split.left_out, train=train_report, held_out=held_out_report)
     return train, held_out
+
+
+@contextlib.contextmanager
+def _shown_scan(run: Run) -> Iterator[Callable[[int, int], None]]:
+    """A bar while a prepared set is scanned, or a line where there is no terminal; a request to stop ends it."""
+    terminal = sys.stderr.isatty()
+    with tqdm.tqdm(desc=f"{run.stage}: scan", unit=" rows", delay=0.5, disable=not terminal) as bar:
+
+        def progress(rows: int, total: int) -> None:
+            if 0 < rows < total and run.stop.requested is not None:
+                raise Interrupted(
+                    f"{run.stop.requested}: stopped while the data was scanned, before any training; run the same "
+                    "command again"
+                )
+            if rows == 0 and not terminal:
+                print(f"{run.stage}: scans {total:,} rows, once for all runs", file=sys.stderr, flush=True)
+            bar.total = total
+            bar.update(rows - bar.n)
+
+        yield progress
 
 
 def train(
     run: Run,
     config: Any,
     *,
+    model: ModelConfig,
     objective: Objective,
     params: Any,
     frozen: Any,
@@ -51,12 +80,14 @@ def train(
     evaluate: Callable[[Any], Mapping[str, float]],
     shown: Sequence[str],
     prepare: Callable[[Any, Any, Any], Any] | None = None,
-) -> Any:
-    """Trains ``params`` on the batches of ``iterator`` and returns them.
+) -> adapters.Trained:
+    """Trains ``params``, or with ``config.lora`` an adapter on them, on the batches of ``iterator``.
 
     Args:
       run: the open run.
-      config: the stage's config; ``seed``, ``optimizer``, ``schedule``, ``batch_size``, ``num_microbatches`` are read.
+      config: the stage's config; ``seed``, ``optimizer``, ``schedule``, ``batch_size``, ``num_microbatches``, ``lora``
+        are read.
+      model: its shape.
       objective: see ``training.step``.
       params: initial parameters, in their place on the run's mesh.
       frozen: parameters that the objective reads and nothing trains.
@@ -72,6 +103,13 @@ def train(
             f"config.batch_size is {config.batch_size}, which does not divide into num_microbatches={parts}"
         )
     meshes.check_rows(run.mesh, config.batch_size // parts, "config.batch_size / num_microbatches")
+    settings, base = config.lora.settings, None
+    if settings is not None:
+        base = {"decoder": params["decoder"]}
+        params = adapters.detach(model, params, settings, run.key(config.seed, Purpose.ADAPTER))
+        params = jax.device_put(params, sharding.parameter_sharding(run.mesh, model, params))
+        objective, frozen = adapters.adapted(objective, settings), {"base": base, "own": frozen}
+        prepare = None if prepare is None else adapters.adapted(prepare, settings)
     optimizer = make_optimizer(config.optimizer, config.schedule.num_steps)
     state = init_train_state(params, optimizer, run.key(config.seed, Purpose.TRAIN))
     places = sharding.mirrored(run.mesh, state, params, jax.tree.map(lambda x: x.sharding, params))
@@ -99,10 +137,10 @@ def train(
             workdir=run.workdir,
             progress=progress,
             stop=run.stop,
-            evaluate=lambda state: evaluate(state.params),
+            evaluate=lambda state: evaluate(adapters.result(state.params, base, settings).params),
             skipped_updates=lambda state: state.skipped,
         )
     finally:
         progress.close()
         iterator.close()
-    return state.params
+    return adapters.result(state.params, base, settings)
