@@ -16,8 +16,7 @@ from rlhf_jax.errors import InputError
 class SharedErrors:
     """correlation: of two members' errors, the mean over pairs of members, over all responses. correlation_at_top: the
     same over those that the members' mean likes best. disagreement, disagreement_at_top: the members' standard
-    deviation
-    on a response, the mean over the same two sets, in the scores' unit."""
+    deviation on a response, the mean over the same two sets, in the scores' unit."""
 
     correlation: float
     correlation_at_top: float
