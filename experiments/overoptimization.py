@@ -12,6 +12,7 @@ again, it resumes; fields: --config.<part>.*. What came out: docs/overoptimizati
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -27,6 +28,7 @@ from rlhf_jax import checkpoints
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluation import best_of_n as estimators
 from rlhf_jax.evaluation import overoptimization_page as page
+from rlhf_jax.evaluation.ensemble_errors import shared_errors
 from rlhf_jax.evaluation.overoptimization_page import Measured, Section
 from rlhf_jax.evaluation.policies import best_of_n_kl
 from rlhf_jax.metrics import read_metrics
@@ -107,6 +109,10 @@ def main(stop):
         seed=config["seed"],
     )
     print(json.dumps(summary["peaks"], indent=1))
+    members = scores["ensemble_8k"]
+    # The best hundredth of each prompt's responses.
+    shared = shared_errors(members, scores["labeller"], top=max(2, members.shape[2] // 100))
+    print(f"what the members of ensemble_8k share: {json.dumps(dataclasses.asdict(shared))}")
     print_kl(summary["kl_of_best_of_n"])
     print(workdir / page.PAGE)
 
@@ -196,9 +202,9 @@ def sections_of_runs(runs: Mapping[str, pathlib.Path]) -> list[Section]:
             title="PPO with and without a leash",
             courses={
                 "pairs_8k": of["pairs_8k"],
-                "pairs_8k, beta 0.1": of["weak_leash"],
-                "pairs_8k, beta 0.3": of["strong_leash"],
-                f"{FULL}, beta 0.3": of["leash"],
+                "pairs_8k, beta 0.1": dataclasses.replace(of["weak_leash"], fits=None),
+                "pairs_8k, beta 0.3": dataclasses.replace(of["strong_leash"], fits=None),
+                f"{FULL}, beta 0.3": dataclasses.replace(of["leash"], fits=None),
             },
         ),
     ]

@@ -26,6 +26,8 @@ from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import grpo, online_dpo, ppo, steering
 
 METHODS = {"ppo": ppo, "grpo": grpo, "online_dpo": online_dpo}
+# What the picture calls them.
+LABELS = {"ppo": "ppo", "grpo": "GRPO", "online_dpo": "online DPO"}
 
 CONFIG = launch.define_config("steering")
 WORKDIR = launch.define_workdir()
@@ -71,7 +73,7 @@ def draw(workdir: pathlib.Path) -> None:
         rows = [row for row in read_metrics(workdir / name / "metrics.jsonl") if "eval/proxy" in row]
         gained = [row["eval/proxy"] - rows[0]["eval/proxy"] for row in rows]
         distance = [math.sqrt(max(row["eval/kl"], 0.0)) for row in rows]
-        courses[name] = (np.array(distance), np.array(gained))
+        courses[LABELS[name]] = (np.array(distance), np.array(gained))
     figure = drawing.reward_figure(courses, style.looks(courses), label="sentiment gained")
     with style.settings():
         figure.savefig(workdir / "steering.png", dpi=144, facecolor="white", metadata={"Software": None})

@@ -25,14 +25,15 @@ class Measured:
     """One way to optimise one proxy, M measurements.
 
     distance: [M] sqrt(KL). proxy, gold: [M] gained over the initial policy. clusters: [M] int, which of them share
-    their noise; None for those of one run. fits: the curve's form.
+    their noise; None for those of one run. fits: the form of the curve; None where neither is meant for it, as on a
+    leash, where the KL stands still in the end.
     """
 
     distance: np.ndarray
     proxy: np.ndarray
     gold: np.ndarray
     clusters: np.ndarray | None
-    fits: Literal["best_of_n", "rl"]
+    fits: Literal["best_of_n", "rl"] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,9 @@ class Section:
 
 
 def fit(measured: Measured, *, seed: int) -> fits.Fit | None:
-    """The curve fitted to gold; None where the data cannot tell its coefficients."""
+    """The curve fitted to gold; None where it has no form, or the data cannot tell its coefficients."""
+    if measured.fits is None:
+        return None
     function = {"best_of_n": fits.fit_best_of_n, "rl": fits.fit_rl}[measured.fits]
     try:
         return function(measured.distance, measured.gold, seed=seed, clusters=measured.clusters)
@@ -99,7 +102,7 @@ def write(
       kl_of_best_of_n: rows of n, bound, measured and its standard error, nats.
       seed: of the bootstrap.
     """
-    forms = {"best_of_n": fits.best_of_n_gold, "rl": fits.rl_gold}
+    forms = {"best_of_n": fits.best_of_n_gold, "rl": fits.rl_gold, None: None}
     summary: dict[str, Any] = {"peaks": {}, "courses": {}, "kl_of_best_of_n": list(kl_of_best_of_n)}
     parts = []
     for section in sections:

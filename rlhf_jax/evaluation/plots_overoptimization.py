@@ -94,6 +94,7 @@ def reward_figure(
     axes.margins(x=0.06, y=0.14)
     axes.set_xlim(left=0)
     plots._kl_axis(axes)
+    axes.set_xlabel("KL to the initial policy, nats (square-root scale)")
     axes.set_ylabel(label)
     figure.legend(loc="outside lower left", fontsize=12, labelcolor=INK, frameon=False)
     return figure

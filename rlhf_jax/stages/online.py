@@ -97,7 +97,8 @@ def make_iteration(
     """
 
     def iterate(state: OnlineState, prompts: Mapping[str, np.ndarray]):
-        key = jax.random.fold_in(state.train.key, state.iteration)
+        # A pmap step leaves the key on a mesh of its own, of the same devices.
+        key = jax.random.fold_in(jax.device_put(state.train.key, state.iteration.sharding), state.iteration)
         scored, index, found = collect(
             method.policy_of(state.train.params),
             prompts,

@@ -1,5 +1,6 @@
 """What the lab leaves: fitted peaks where the data have them, gold at a KL by hand, and files that open."""
 
+import dataclasses
 import functools
 import json
 
@@ -39,13 +40,14 @@ def test_gold_at_a_kl_by_hand():
 
 def test_files_hold_the_peaks_that_the_data_have(tmp_path):
     turning, rising = measured(2.0, 0.5), measured(1.0, 0.01)
+    leashed = dataclasses.replace(measured(1.0, 0.6, rl=True), fits=None)
     few = Measured(distance=np.ones(2), proxy=np.ones(2), gold=np.ones(2), clusters=None, fits="rl")
     section = functools.partial(Section, title="A title", kls=(1.0,))
     page.write(
         tmp_path,
         sections=[
             section(key="best_of_n", courses={"turns": turning, "<rises>": rising}),
-            section(key="rl", courses={"rl": measured(1.0, 0.6, rl=True), "few": few}),
+            section(key="rl", courses={"rl": measured(1.0, 0.6, rl=True), "few": few, "leash": leashed}),
         ],
         kl_of_best_of_n=[{"n": 2, "bound": 0.193, "measured": 0.19, "error": 0.004}],
         seed=0,
@@ -57,7 +59,7 @@ def test_files_hold_the_peaks_that_the_data_have(tmp_path):
     ] == pytest.approx(2.0, rel=0.02)
     assert peak["fitted_peak_kl_interval"][0] <= peak["fitted_peak_kl"] <= peak["fitted_peak_kl_interval"][1]
     assert "fitted_peak_kl" not in summary["peaks"]["best_of_n"]["<rises>"], "beyond what was measured"
-    assert summary["courses"]["rl"]["few"]["fit"] is None
+    assert summary["courses"]["rl"]["few"]["fit"] is None and summary["courses"]["rl"]["leash"]["fit"] is None
     assert summary["peaks"]["rl"]["rl"]["fitted_peak_kl"] == pytest.approx(
         np.exp(2 * (1 / 0.6 - 1)), rel=0.05
     )
