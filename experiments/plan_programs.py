@@ -20,7 +20,7 @@ from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import planner, sharding
 from rlhf_jax.rewards import reward_model as rewards
 from rlhf_jax.sampling.generate import generate
-from rlhf_jax.stages import dpo, grpo, online, ppo, reward_model, sft
+from rlhf_jax.stages import adapters, dpo, grpo, online, ppo, reward_model, sft
 from rlhf_jax.stages.preference_objectives import make_pair_objective
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.step import init_train_state, make_train_step
@@ -147,9 +147,20 @@ def _demonstrations(data: Any, rows: int) -> DemonstrationBatch:
 
 
 def _update(
-    mesh: Mesh, config: Any, objective: Callable, params: Any, frozen: Any, batch: Any, runs: int = 1
-):
-    """The train step as a stage compiles it; and its state's shapes."""
+    mesh: Mesh,
+    config: Any,
+    model: ModelConfig,
+    objective: Callable,
+    params: Any,
+    frozen: Any,
+    batch: Any,
+    runs: int = 1,
+) -> tuple[Work, Any]:
+    """The train step as a stage compiles it, for params as ``_trained`` gives them; and its state's shapes."""
+    settings = config.lora.settings
+    if settings is not None:
+        objective = adapters.adapted(objective, settings)
+        frozen = {"base": _parameters(mesh, model), "own": frozen}
     optimizer = make_optimizer(config.optimizer, config.schedule.num_steps * runs)
     state = jax.eval_shape(lambda p, key: init_train_state(p, optimizer, key), params, jax.random.key(0))
     places = sharding.mirrored(mesh, state, params, jax.tree.map(lambda leaf: leaf.sharding, params))
@@ -161,15 +172,50 @@ def _update(
         mesh,
         places,
     )
-    return Work(
+    work = Work(
         name="update", function=step, arguments=(state, frozen, batch), runs=runs, resident=(state, frozen)
-    ), state
+    )
+    return work, state
+
+
+def _trained(mesh: Mesh, config: Any, model: ModelConfig, params: Any) -> Any:
+    """What is trained in the place of ``params``: they themselves, or adapters on them."""
+    settings = config.lora.settings
+    if settings is None:
+        return params
+    detach = lambda params, key: adapters.detach(model, params, settings, key)  # noqa: E731
+    shapes = jax.eval_shape(detach, params, jax.random.key(0))
+    return _placed(shapes, sharding.parameter_sharding(mesh, model, shapes))
+
+
+def _passes(config: Any) -> int:
+    """Forward passes that a forward and a backward pass cost: gradients of frozen kernels are not computed."""
+    return 3 if config.lora.settings is None else 2
+
+
+def _supervised(
+    mesh: Mesh,
+    config: Any,
+    model: ModelConfig,
+    objective: Callable,
+    batch: Any,
+    *,
+    head: bool = False,
+    reference: bool = False,
+) -> tuple[list[Work], Any]:
+    """The update of a stage that does not sample, and what a chip holds all the time."""
+    base = _parameters(mesh, model)
+    params = _trained(mesh, config, model, _parameters(mesh, model, head=head))
+    frozen = {"reference": base} if reference else {}
+    work, state = _update(mesh, config, model, objective, params, frozen, batch)
+    # With adapters the reference is the base: two arguments, one set of arrays.
+    return [work], (state, base if reference or config.lora.settings is not None else ())
 
 
 def _sft(mesh: Mesh, config: sft.Config, model: ModelConfig):
     batch = _rows(mesh, _demonstrations(config.data, config.batch_size))
-    work, state = _update(mesh, config, sft.make_objective(model), _parameters(mesh, model), {}, batch)
-    return [work], state, 3 * forward_flops(model, config.data, config.batch_size)
+    useful = _passes(config) * forward_flops(model, config.data, config.batch_size)
+    return (*_supervised(mesh, config, model, sft.make_objective(model), batch), useful)
 
 
 def _pairs(mesh: Mesh, config: Any) -> PreferenceBatch:
@@ -179,18 +225,15 @@ def _pairs(mesh: Mesh, config: Any) -> PreferenceBatch:
 
 def _reward_model(mesh: Mesh, config: reward_model.Config, model: ModelConfig):
     objective = reward_model.make_objective(model)
-    params = _parameters(mesh, model, head=True)
-    work, state = _update(mesh, config, objective, params, {}, _pairs(mesh, config))
-    return [work], state, 3 * forward_flops(model, config.data, 2 * config.batch_size, vocabulary=False)
+    useful = _passes(config) * forward_flops(model, config.data, 2 * config.batch_size, vocabulary=False)
+    return (*_supervised(mesh, config, model, objective, _pairs(mesh, config), head=True), useful)
 
 
 def _dpo(mesh: Mesh, config: dpo.Config, model: ModelConfig):
-    params = _parameters(mesh, model)
-    frozen = {"reference": params}
     objective = make_pair_objective(model, config.loss)
-    work, state = _update(mesh, config, objective, params, frozen, _pairs(mesh, config))
     # The policy forward and backward, the reference forward.
-    return [work], (state, frozen), 4 * forward_flops(model, config.data, 2 * config.batch_size)
+    useful = (_passes(config) + 1) * forward_flops(model, config.data, 2 * config.batch_size)
+    return (*_supervised(mesh, config, model, objective, _pairs(mesh, config), reference=True), useful)
 
 
 def _ppo(mesh: Mesh, config: ppo.Config, model: ModelConfig):
@@ -198,44 +241,53 @@ def _ppo(mesh: Mesh, config: ppo.Config, model: ModelConfig):
     with_head = forward_flops(model, config.data, config.batch_size)
     without = forward_flops(model, config.data, config.batch_size, vocabulary=False)
     # Sampling, reference and old policy; reward and old values; then both trained.
-    useful = 3 * with_head + 2 * without + config.num_epochs * 3 * (with_head + without)
+    useful = 3 * with_head + 2 * without + config.num_epochs * _passes(config) * (with_head + without)
     return (*_online(mesh, config, model, ppo.make_method(model, model, config), params), useful)
 
 
 def _grpo(mesh: Mesh, config: grpo.Config, model: ModelConfig):
     with_head = forward_flops(model, config.data, config.batch_size)
     without = forward_flops(model, config.data, config.batch_size, vocabulary=False)
-    useful = 3 * with_head + without + config.num_epochs * 3 * with_head
+    useful = 3 * with_head + without + config.num_epochs * _passes(config) * with_head
     return (*_online(mesh, config, model, grpo.make_method(model, config), _parameters(mesh, model)), useful)
 
 
 def _online(mesh: Mesh, config: Any, model: ModelConfig, method: online.Method, params: Any):
-    """One iteration: sampling, the reward, what an update holds constant, the updates."""
-    reference, reward = _parameters(mesh, model), _parameters(mesh, model, head=True)
-    sequences = _demonstrations(config.data, config.batch_size)
-    rollout = Rollout(
-        tokens=sequences.tokens,
-        token_mask=sequences.token_mask,
-        response_mask=sequences.response_mask,
-        log_probs=jax.ShapeDtypeStruct(sequences.response_mask.shape, jnp.float32),
-        terminated=jax.ShapeDtypeStruct((config.batch_size,), bool),
-        policy_step=jax.ShapeDtypeStruct((), jnp.int32),
-    )
-    rollout = _rows(mesh, rollout)
+    """One iteration: sampling, the reward, what an update holds constant, the updates.
+
+    With adapters the reward model is one too, and the base of all is the reference.
+    """
+    settings = config.lora.settings
+    reference = _parameters(mesh, model)
+    # Without adapters nothing that samples or scores reads the base.
+    base = {} if settings is None else reference
+    policy = method.policy_of(params)
+    policy, params = (_trained(mesh, config, model, roles) for roles in (policy, params))
+    reward = _trained(mesh, config, model, _parameters(mesh, model, head=True))
+
+    def whole(trained, base):
+        return trained if settings is None else adapters.attach(trained, base, settings)
+
+    def sample(policy, base, tokens, token_mask, key):
+        policy = whole(policy, base)
+        return generate(model, policy, tokens, token_mask, key, sampling=config.sampling, eos_id=1, pad_id=0)
+
+    def score(reward, base, rollout):
+        return rewards.score(model, whole(reward, base), rollout)
+
+    def prepare(params, reference, scored, beta):
+        return method.prepare(whole(params, reference), reference, scored, beta)
+
+    rollout = _rollout(mesh, config)
     scores = _rows(mesh, jax.ShapeDtypeStruct((config.batch_size,), jnp.float32))
     beta = _rows(mesh, jax.ShapeDtypeStruct((), jnp.float32))
     prepared = (params, reference, ScoredRollout(rollout=rollout, scores=scores), beta)
-    batch, _ = jax.eval_shape(method.prepare, *prepared)
+    batch, _ = jax.eval_shape(prepare, *prepared)
     part = config.batch_size // config.num_minibatches
     batch = _rows(mesh, jax.tree.map(lambda x: jax.ShapeDtypeStruct((part, *x.shape[1:]), x.dtype), batch))
     runs = config.num_epochs * config.num_minibatches
     frozen = method.frozen_of(params, reference)
-    update, state = _update(mesh, config, method.objective, params, frozen, batch, runs)
-    policy = method.policy_of(params)
-
-    def sample(params, tokens, token_mask, key):
-        return generate(model, params, tokens, token_mask, key, sampling=config.sampling, eos_id=1, pad_id=0)
-
+    update, state = _update(mesh, config, model, method.objective, params, frozen, batch, runs)
     prompts = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((config.batch_size, config.data.prompt_length), x.dtype),
         (rollout.tokens, rollout.token_mask),
@@ -246,24 +298,39 @@ def _online(mesh: Mesh, config: Any, model: ModelConfig, method: online.Method, 
         Work(
             name="sampling",
             function=jax.jit(sample),
-            arguments=(policy, *_rows(mesh, prompts), key),
-            resident=policy,
+            arguments=(policy, base, *_rows(mesh, prompts), key),
+            resident=(policy, base),
         ),
         Work(
             name="reward",
-            function=jax.jit(lambda params, rollout: rewards.score(model, params, rollout)),
-            arguments=(reward, rollout),
-            resident=reward,
+            function=jax.jit(score),
+            arguments=(reward, base, rollout),
+            resident=(reward, base),
         ),
         Work(
             name="advantages",
-            function=jax.jit(method.prepare),
+            function=jax.jit(prepare),
             arguments=prepared,
             resident=(params, reference),
         ),
         update,
     ]
     return works, (state, reference, reward)
+
+
+def _rollout(mesh: Mesh, config: Any) -> Rollout:
+    sequences = _demonstrations(config.data, config.batch_size)
+    log_probs = jax.ShapeDtypeStruct(sequences.response_mask.shape, jnp.float32)
+    rollout = Rollout(
+        tokens=sequences.tokens,
+        token_mask=sequences.token_mask,
+        response_mask=sequences.response_mask,
+        log_probs=log_probs,
+        policy_log_probs=log_probs,
+        terminated=jax.ShapeDtypeStruct((config.batch_size,), bool),
+        policy_step=jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    return _rows(mesh, rollout)
 
 
 def forward_flops(model: ModelConfig, data: Any, rows: int, *, vocabulary: bool = True) -> float:

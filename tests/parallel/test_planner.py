@@ -13,6 +13,7 @@ import pytest
 
 from experiments import plan_programs
 from rlhf_jax.errors import InputError
+from rlhf_jax.models import decoder
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import hlo, planner
 from rlhf_jax.parallel import mesh as meshes
@@ -32,6 +33,12 @@ TINY = ModelConfig(
     compute_dtype="bfloat16",
     remat="full",
 )
+
+
+def _config(stage):
+    config = plan_programs.STAGES[stage]()
+    data = dataclasses.replace(config.data, prompt_length=64, response_length=64)
+    return dataclasses.replace(config, data=data, batch_size=8, num_microbatches=1)
 
 
 def _cost(*, flops, traffic, sent, runs=1, memory=600, beside=300):
@@ -116,6 +123,19 @@ def test_rows_that_do_not_divide_are_refused(plan_main):
         plan_programs.plan("sft", meshes.make_mesh("fsdp:4,tensor:2"), config, TINY)
 
 
+def test_adapters_share_one_base():
+    """With them DPO's reference is the base of the policy: handed over twice, it is there once."""
+    mesh = meshes.make_mesh("fsdp:4,tensor:2")
+    config = _config("dpo")
+    config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=4))
+    plan = plan_programs.plan("dpo", mesh, config, dataclasses.replace(TINY, compute_dtype="float32"))
+    shapes = jax.eval_shape(lambda: decoder.init_params(TINY, jax.random.key(0)))
+    base = sum(leaf.size * 4 for leaf in jax.tree.leaves(shapes)) / mesh.size
+    assert plan.costs[0].beside == pytest.approx(-base, rel=0.01)
+    # A forward pass of the policy, one of the reference, and back through the policy alone.
+    assert plan.costs[0].counts.flops * mesh.size == pytest.approx(4 / 3 * plan.useful_flops, rel=0.15)
+
+
 @pytest.fixture(scope="module")
 def slice_of_eight():
     """The devices of v5e:2x4, which are not there."""
@@ -131,12 +151,6 @@ PROGRAMS = {
     "ppo": ["sampling", "reward", "advantages", "update"],
     "grpo": ["sampling", "reward", "advantages", "update"],
 }
-
-
-def _config(stage):
-    config = plan_programs.STAGES[stage]()
-    data = dataclasses.replace(config.data, prompt_length=64, response_length=64)
-    return dataclasses.replace(config, data=data, batch_size=8, num_microbatches=1)
 
 
 @pytest.mark.parametrize("stage", PROGRAMS)
