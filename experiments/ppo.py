@@ -8,12 +8,9 @@ Without the leash:
         --config.beta=0.0
 """
 
-import pathlib
-
 from absl import flags
 
 from experiments import launch
-from rlhf_jax.evaluation import report
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import ppo
@@ -31,6 +28,7 @@ REWARD_FROM = flags.DEFINE_string(
 )
 PARALLELISM = launch.define_parallelism()
 MESH = launch.define_mesh()
+launch.define_distributed()
 
 
 def main(stop):
@@ -44,7 +42,7 @@ def main(stop):
         mesh=meshes.make_mesh(MESH.value),
         stop=stop,
     )
-    print(report.write_report(pathlib.Path(WORKDIR.value)))
+    launch.print_report(WORKDIR.value)
 
 
 if __name__ == "__main__":

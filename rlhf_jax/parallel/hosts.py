@@ -7,6 +7,7 @@ a mesh over several processes lie in parts: what host code reads of one goes thr
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +17,42 @@ from jax.experimental import multihost_utils
 
 from rlhf_jax.errors import InputError
 
+# A process that is silent for so long is taken for dead, and ends the job.
+HEARTBEAT_SECONDS = 30
 # A message is padded to a multiple of this many bytes, so that few programs are compiled.
 _MESSAGE_BYTES = 4096
+
+
+def join() -> None:
+    """Finds the other processes of the job; before anything else of JAX is used.
+
+    Where: as ``JAX_COORDINATOR_ADDRESS`` (host:port of the first process), ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``
+    say, or else as the cluster does that JAX finds itself on (Cloud TPU, SLURM, Open MPI, Kubernetes).
+
+    Raises:
+      InputError: nothing says where, or the others do not come.
+    """
+    given = {name: os.environ[name] for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name in os.environ}
+    wrong = [f"{name}={value!r}" for name, value in given.items() if not value.isdecimal()]
+    if wrong:
+        raise InputError(f"--distributed: {', '.join(wrong)}; give whole numbers")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            num_processes=_number(given, "JAX_NUM_PROCESSES"),
+            process_id=_number(given, "JAX_PROCESS_ID"),
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"--distributed finds no other processes ({reason}); set JAX_COORDINATOR_ADDRESS=<host of the first>:"
+            "<free port>, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or leave it out on one machine"
+        ) from error
+
+
+def _number(given: dict[str, str], name: str) -> int | None:
+    return int(given[name]) if name in given else None
 
 
 def is_main() -> bool:

@@ -15,8 +15,8 @@ from rlhf_jax.data import batches
 from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import count, mean_of, merge
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.parallel import sharding
 from rlhf_jax.stages import rollouts
 from rlhf_jax.stages.run_directory import (
     Model,
@@ -233,12 +233,14 @@ def train(
     )
     try:
         return fit(
-            state=jax.device_put(state, places),
-            step=iterate,
+            state=meshes.put(state, places),
+            # Prompts are small, and a method may choose among those of the whole batch.
+            step=lambda state, prompts: iterate(state, hosts.gather_rows(prompts)),
             batches=batches.prompt_batches(
                 encoded,
                 batch_size=config.batch_size // method.group_size * method.rounds,
                 seed=run.data_seed(config.seed),
+                share=run.share,
             ),
             schedule=config.schedule,
             workdir=run.workdir,

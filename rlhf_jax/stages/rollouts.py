@@ -17,8 +17,8 @@ from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.evaluation import policies
 from rlhf_jax.evaluation.policies import RowReward
 from rlhf_jax.metrics import mean_of
+from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards import ensembles, process, process_model, verifiers
 from rlhf_jax.sampling.generate import SamplingConfig, generate
 from rlhf_jax.stages import inputs
@@ -94,7 +94,7 @@ def make_collect(
             found.append(ScoredRollout(rollout=sampled, scores=scores, step_scores=steps, step_mask=ends))
             if rounds == 1:
                 return found[0], repeated["index"], {}
-            groups = np.asarray(scores).reshape(-1, group_size)
+            groups = hosts.fetch(scores).reshape(-1, group_size)
             spread.append((groups != groups[:, :1]).any(axis=1))
             if sum(kept.sum() for kept in spread) >= count_of_prompts:
                 break
@@ -354,7 +354,7 @@ def make_alarm(
     def scores_of(params: Any, key: jax.Array) -> np.ndarray:
         parts = []
         for number, (batch, real) in enumerate(batches.eval_batches(held_out, config.batch_size)):
-            found = np.asarray(of_members(rollout(params, batch, jax.random.fold_in(key, number), 0)))
+            found = hosts.fetch(of_members(rollout(params, batch, jax.random.fold_in(key, number), 0)))
             parts.append(found[:, real])
         return np.concatenate(parts, axis=1)
 

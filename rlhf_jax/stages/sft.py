@@ -164,7 +164,7 @@ def run(
         params=model.params,
         frozen={},
         iterator=batches.demonstration_batches(
-            train_rows, batch_size=config.batch_size, seed=run_.data_seed(config.seed)
+            train_rows, batch_size=config.batch_size, seed=run_.data_seed(config.seed), share=run_.share
         ),
         evaluate=evaluate,
         shown=("nll", "grad_norm"),

@@ -60,7 +60,7 @@ def train(
       objective: see ``training.step``.
       params: initial parameters, in their place on the run's mesh.
       frozen: parameters that the objective reads and nothing trains.
-      iterator: endless batches of ``config.batch_size`` rows.
+      iterator: endless batches of ``config.batch_size`` rows, of which it gives this process its share.
       evaluate: ``evaluate(params)`` -> the held-out numbers.
       shown: names of the metrics that the progress bar shows.
       prepare: ``prepare(params, frozen, batch)`` -> the batch with what the whole of it decides and the update holds
@@ -75,7 +75,7 @@ def train(
     optimizer = make_optimizer(config.optimizer, config.schedule.num_steps)
     state = init_train_state(params, optimizer, run.key(config.seed, Purpose.TRAIN))
     places = sharding.mirrored(run.mesh, state, params, jax.tree.map(lambda x: x.sharding, params))
-    state = jax.device_put(state, places)
+    state = meshes.put(state, places)
     train_step = meshes.compile_step(
         lambda axis: make_train_step(objective, optimizer, num_microbatches=parts, axis_name=axis),
         run.mesh,
@@ -85,6 +85,8 @@ def train(
     prepared = None if prepare is None else sharding.within(run.mesh, jax.jit(prepare))
 
     def step(state: TrainState, batch: Any):
+        if run.parallelism == "jit":
+            batch = meshes.put_own_rows(run.mesh, batch)
         if prepared is not None:
             batch = prepared(state.params, frozen, meshes.put_rows(run.mesh, batch))
         return train_step(state, frozen, batch)
