@@ -9,6 +9,7 @@ file let a damaged checkpoint be named and skipped.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -59,7 +60,7 @@ class Checkpoints:
         Args:
           step: the number of finished steps.
           state: a pytree of arrays and typed keys.
-          iterator: its position is saved as of this call.
+          iterator: its position is saved as of this call; a JSON-able state, the same on every process.
           host: JSON-able counters.
 
         Raises:
@@ -72,8 +73,10 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    data=grain.checkpoint.CheckpointSave(iterator),
-                    host=ocp.args.JsonSave(dict(host)),
+                    # Grain's own handler writes a file a process, and finds none where there are more of them.
+                    data=ocp.args.JsonSave(iterator.get_state()),
+                    # Written later, while the loop counts on.
+                    host=ocp.args.JsonSave(copy.deepcopy(dict(host))),
                 ),
                 force=True,
             )
@@ -106,7 +109,7 @@ class Checkpoints:
         training can save that step again.
 
         Raises:
-          InputError: if every checkpoint is damaged; nothing is deleted.
+          InputError: if every checkpoint is damaged, or its position is of other data; nothing is deleted.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         damaged: dict[int, str] = {}
@@ -119,14 +122,16 @@ class Checkpoints:
                         step,
                         args=ocp.args.Composite(
                             state=ocp.args.StandardRestore(abstract),
-                            data=grain.checkpoint.CheckpointRestore(iterator),
+                            data=ocp.args.JsonRestore(),
                             host=ocp.args.JsonRestore(),
                         ),
                     )
-                    self._set_aside(damaged)
-                    return step, restored["state"], restored["host"]
                 except Exception as error:  # Orbax and TensorStore raise many types for a torn file
                     problem = str(error).strip().splitlines()[0][:200]
+                else:
+                    iterator.set_state(restored["data"])
+                    self._set_aside(damaged)
+                    return step, restored["state"], restored["host"]
             damaged[step] = f"{path}: {problem}"
             logging.warning("checkpoint %s is damaged (%s); trying the one before it", path, problem)
         if damaged:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -123,9 +124,8 @@ def demonstration_batches(
 ) -> pipeline.BatchIterator:
     """Endless batches, reshuffled every epoch; S = P + R.
 
-    ``get_state`` and ``set_state`` work between any two batches, and checkpoint with `grain.checkpoint`. A
-    batch may begin in one epoch and end in the next, so that every row is seen once an epoch, whatever the
-    batch size.
+    ``get_state`` and ``set_state`` work between any two batches. A batch may begin in one epoch and end in the next, so
+    that every row is seen once an epoch, whatever the batch size.
 
     share: which rows of each batch this process reads, and with how many workers.
     num_buckets: a batch has rows of about the same length, and one of so many widths; see `bucketed`. 1: rows of any
@@ -254,8 +254,9 @@ def _check_batches(encoded: Encoded, batch_size: int, seed: int, share: pipeline
 
 
 def _identity(encoded: Encoded, batch_size: int, seed: int, layout: Any) -> str:
-    """Everything that decides which rows are in which batch, but for the rows themselves."""
-    shape = (len(encoded), encoded.prompt_length, encoded.response_length, encoded.pad_id)
+    """Everything that decides which rows are in which batch; of the rows themselves, how many tokens each has."""
+    lengths = hashlib.sha256(np.ascontiguousarray(lengths_of(encoded), "<i4").tobytes()).hexdigest()
+    shape = (lengths, len(encoded), encoded.prompt_length, encoded.response_length, encoded.pad_id)
     sources = [dataclasses.astuple(source) for source in encoded.sources]
     return json.dumps([*shape, sources, batch_size, seed, layout])
 

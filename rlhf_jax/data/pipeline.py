@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -99,7 +100,7 @@ class Share:
 class BatchIterator(grain.DatasetIterator):
     """Endless batches, one after the other, from any batch on.
 
-    Orbax's handler for Grain knows its own kind of iterator by its class, so that this is one.
+    A Grain iterator, so that it stands wherever one of Grain's own does.
     """
 
     def __init__(self, dataset: grain.MapDataset, *, identity: str, num_workers: int = 0):
@@ -133,7 +134,7 @@ class BatchIterator(grain.DatasetIterator):
             options = grain.MultiprocessingOptions(
                 num_workers=self._num_workers, per_worker_buffer_size=_READY
             )
-            self._ahead = iter(rest.mp_prefetch(options))
+            self._ahead = iter(rest.mp_prefetch(options, worker_init_fn=_leave_interrupts_to_the_parent))
         return self._ahead
 
     def get_state(self) -> dict[str, Any]:
@@ -168,6 +169,12 @@ class BatchIterator(grain.DatasetIterator):
         if self._ahead is not None:
             self._ahead.close()
         self._ahead = None
+
+
+def _leave_interrupts_to_the_parent(index: int, count: int) -> None:
+    """A Ctrl-C reaches every process of a terminal; the run is to finish its step, and needs its workers for that."""
+    del index, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def batches(

@@ -202,12 +202,8 @@ def _followed(
 
 def _grouped(rows: Iterator[Row], groups: array.array) -> Iterator[Row]:
     for row in rows:
-        groups.extend((_digest(group_of(row)), _digest(row.prompt)))
+        groups.extend(readers.digests((group_of(row), row.prompt)).tolist())
         yield row
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _write_records(kind: builders.Kind, rows: Iterator[Row], directory: pathlib.Path) -> None:
@@ -310,16 +306,9 @@ def read_manifest(directory: pathlib.Path) -> Manifest:
 def split_prepared(
     prepared: Prepared, *, held_out_fraction: float, seed: int
 ) -> tuple[PreparedRows, PreparedRows]:
-    """(training rows, held-out rows); no group is divided. See `readers.split_by_group`."""
-    if held_out_fraction == 0.0:
-        return prepared.rows, prepared.rows.select(np.zeros(0, np.int64))
-    held_out = readers.held_out_groups(
-        prepared.groups.tolist(), held_out_fraction=held_out_fraction, seed=seed
-    )
-    is_held_out = np.isin(prepared.groups, np.fromiter(held_out, np.uint64, len(held_out)))
-    return prepared.rows.select(np.flatnonzero(~is_held_out)), prepared.rows.select(
-        np.flatnonzero(is_held_out)
-    )
+    """(training rows, held-out rows), those of `readers.split_by_group` on the files that the set was made from."""
+    held_out = readers.is_held_out(prepared.groups, held_out_fraction=held_out_fraction, seed=seed)
+    return prepared.rows.select(np.flatnonzero(~held_out)), prepared.rows.select(np.flatnonzero(held_out))
 
 
 def first_of_each_prompt(prepared: Prepared, rows: PreparedRows) -> PreparedRows:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
+
+import numpy as np
 
 from rlhf_jax.data import files, formats, formats_steps
 from rlhf_jax.data.fields import BadRow
@@ -183,47 +184,64 @@ def split_by_group(
 ) -> tuple[list[Row], list[Row]]:
     """(training rows, held-out rows), each in the order given; no group (see `rows.group_of`) is divided.
 
-    Groups are shuffled by the seed and held out one by one until at least ``held_out_fraction`` of the rows
-    are; one group always remains for training. Raises `InputError` if the fraction is not in [0, 1) or only
-    one group exists.
+    See `is_held_out`; a file and the set prepared from it hold out the same rows.
     """
-    if held_out_fraction == 0.0:
-        return list(rows), []
-    groups = [group_of(row) for row in rows]
-    held_out = held_out_groups(groups, held_out_fraction=held_out_fraction, seed=seed)
-    train = [row for row, group in zip(rows, groups, strict=True) if group not in held_out]
-    return train, [row for row, group in zip(rows, groups, strict=True) if group in held_out]
+    return _divide(rows, digests([group_of(row) for row in rows]), held_out_fraction, seed)
 
 
 def split_by_row(rows: Sequence[Row], *, held_out_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
     """As `split_by_group`, with each row a group of its own: only to show what such a split would leak."""
-    held_out = held_out_groups(range(len(rows)), held_out_fraction=held_out_fraction, seed=seed)
-    train = [row for place, row in enumerate(rows) if place not in held_out]
-    return train, [row for place, row in enumerate(rows) if place in held_out]
+    return _divide(rows, np.arange(len(rows), dtype=np.uint64), held_out_fraction, seed)
 
 
-def held_out_groups(groups: Sequence[Any], *, held_out_fraction: float, seed: int) -> set[Any]:
-    """Which groups are held out; ``groups`` has one entry a row, of any kind that can be sorted."""
+def _divide(
+    rows: Sequence[Row], groups: np.ndarray, held_out_fraction: float, seed: int
+) -> tuple[list[Row], list[Row]]:
+    held_out = is_held_out(groups, held_out_fraction=held_out_fraction, seed=seed).tolist()
+    train = [row for row, out in zip(rows, held_out, strict=True) if not out]
+    return train, [row for row, out in zip(rows, held_out, strict=True) if out]
+
+
+def is_held_out(groups: np.ndarray, *, held_out_fraction: float, seed: int) -> np.ndarray:
+    """Which rows are held out, [N] bool; ``groups`` [N] uint64 is equal for rows of one group (see `digests`).
+
+    The seed and its name alone give each group a place in line, and groups are held out from the front until at least
+    ``held_out_fraction`` of the rows are; one group always remains for training. So neither the order of rows nor where
+    they are read from matters, and rows that are added move few groups.
+
+    Raises:
+      InputError: the fraction is not in [0, 1), or there is one group only.
+    """
     if not 0.0 <= held_out_fraction < 1.0:
         raise InputError(f"held_out_fraction is {held_out_fraction}: give at least 0 and below 1.")
-    sizes: dict[Any, int] = {}
-    for group in groups:
-        sizes[group] = sizes.get(group, 0) + 1
-    if len(sizes) < 2:
+    if held_out_fraction == 0.0:
+        return np.zeros(len(groups), bool)
+    names, group_of_row, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    if len(names) < 2:
         raise InputError(
-            f"the {len(groups)} rows form {len(sizes)} group(s), of which none can be held out: give rows "
+            f"the {len(groups)} rows form {len(names)} group(s), of which none can be held out: give rows "
             "of at least two groups, or a held-out fraction of 0."
         )
-    shuffled = sorted(sizes)
-    random.Random(seed).shuffle(shuffled)
-    held_out: set[Any] = set()
-    count = 0
-    for group in shuffled[:-1]:
-        if count >= held_out_fraction * len(groups):
-            break
-        held_out.add(group)
-        count += sizes[group]
-    return held_out
+    line = np.argsort(_scramble(names ^ digests([f"split {seed}"])[0]), kind="stable")
+    rows_before = np.cumsum(sizes[line]) - sizes[line]
+    chosen = rows_before < held_out_fraction * len(groups)
+    chosen[-1] = False
+    held_out = np.zeros(len(names), bool)
+    held_out[line] = chosen
+    return held_out[group_of_row]
+
+
+def digests(texts: Iterable[str]) -> np.ndarray:
+    """Eight bytes of the BLAKE2b of each text, [N] uint64: the same everywhere and for ever."""
+    found = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
+    return np.frombuffer(b"".join(found), "<u8").astype(np.uint64)
+
+
+def _scramble(numbers: np.ndarray) -> np.ndarray:
+    """A one-to-one function of uint64 without pattern (the finaliser of SplitMix64; Steele et al. 2014)."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
 
 
 def longer_wins(rows: Sequence[Preference]) -> float:

@@ -44,7 +44,7 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 class Config:
     """One run on pairs.
 
-    loss: which loss, and its numbers.
+    loss: which loss, and its numbers. batches: how rows become batches.
     """
 
     seed: int = 0
@@ -53,6 +53,7 @@ class Config:
     schedule: Schedule = dataclasses.field(default_factory=lambda: Schedule(num_steps=300))
     batch_size: int = 64
     num_microbatches: int = 1
+    batches: inputs.BatchConfig = dataclasses.field(default_factory=inputs.BatchConfig)
     loss: PreferenceLoss = dataclasses.field(default_factory=PreferenceLoss)
 
     def __post_init__(self) -> None:
@@ -136,8 +137,11 @@ def run(
         prepare=make_unpair(model.config, config.loss) if unpaired else None,
         params=params,
         frozen=frozen,
-        iterator=batches.preference_batches(
-            train_rows, batch_size=config.batch_size, seed=run_.data_seed(config.seed), share=run_.share
+        iterator=inputs.preference_batches(
+            config.batches,
+            train_rows,
+            batch_size=config.batch_size,
+            seed=run_.data_seed(config.seed),
         ),
         evaluate=evaluate,
         shown=("loss", "accuracy", "margin", "reward_chosen", "reward_rejected"),

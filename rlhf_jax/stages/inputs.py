@@ -166,22 +166,17 @@ def embedded_tokenizer(config: DataConfig) -> Any:
 class BatchConfig:
     """How rows become batches.
 
-    pack: several short demonstrations to a row, none of which sees another; preferences are never packed. num_buckets:
-    rows of about the same length to a batch, which is as wide as they are; 1: rows of any length, padded to the full
-    width. num_workers: processes that read and tokenise ahead; 0: when a batch is asked for.
+    num_buckets: rows of about the same length to a batch, which is as wide as they are, in so many widths; 1: rows of
+    any length, padded to the full width. num_workers: processes that read and tokenise ahead; 0: none, everything is
+    done when a batch is asked for. Batches are the same with any number of them.
     """
 
-    pack: bool = False
     num_buckets: int = 1
     num_workers: int = 0
 
     def __post_init__(self) -> None:
         check_range(self, "num_buckets", at_least=1)
         check_range(self, "num_workers", at_least=0)
-        if self.pack and self.num_buckets > 1:
-            raise InputError(
-                f"pack is on with num_buckets={self.num_buckets}; packed rows are of one width, so give one of the two"
-            )
 
     @property
     def share(self) -> pipeline.Share:
@@ -192,11 +187,14 @@ class BatchConfig:
 
 
 def demonstration_batches(
-    config: BatchConfig, encoded: batches.Encoded, *, batch_size: int, seed: int
+    config: BatchConfig, encoded: batches.Encoded, *, batch_size: int, seed: int, pack: bool = False
 ) -> pipeline.BatchIterator:
-    """Endless batches for SFT; ``batch_size`` counts the rows of all processes, packed ones where they are packed."""
+    """Endless batches for SFT; ``batch_size`` counts the rows of all processes.
+
+    pack: several short demonstrations to a row, none of which sees another; not with ``config.num_buckets``.
+    """
     how = {"batch_size": batch_size, "seed": seed, "share": config.share}
-    if config.pack:
+    if pack:
         return batches.packed_batches(encoded, **how)
     return batches.demonstration_batches(encoded, num_buckets=config.num_buckets, **how)
 
@@ -204,13 +202,7 @@ def demonstration_batches(
 def preference_batches(
     config: BatchConfig, encoded: batches.Encoded, *, batch_size: int, seed: int
 ) -> pipeline.BatchIterator:
-    """Endless batches of pairs.
-
-    Raises:
-      InputError: packing was asked for.
-    """
-    if config.pack:
-        raise InputError("pack is on, and preferences are not packed; give num_buckets instead")
+    """Endless batches of pairs; ``batch_size`` counts those of all processes."""
     return batches.preference_batches(
         encoded, batch_size=batch_size, seed=seed, share=config.share, num_buckets=config.num_buckets
     )

@@ -54,7 +54,8 @@ class Config:
     """One reward-model run.
 
     members: reward models trained side by side from the one start, each on ``batch_size`` pairs a step of its own.
-    Gradients are clipped together. margin, label_smoothing, centering: see ``losses.bradley_terry_loss``.
+    Gradients are clipped together. margin, label_smoothing, centering: see ``losses.bradley_terry_loss``. batches: how
+    rows become batches.
     """
 
     seed: int = 0
@@ -63,6 +64,7 @@ class Config:
     schedule: Schedule = dataclasses.field(default_factory=lambda: Schedule(num_steps=300))
     batch_size: int = 64
     num_microbatches: int = 1
+    batches: inputs.BatchConfig = dataclasses.field(default_factory=inputs.BatchConfig)
     members: int = 1
     margin: float = 0.0
     label_smoothing: float = 0.0
@@ -197,11 +199,11 @@ def run(
         else make_objective(model.config, **loss),
         params=params,
         frozen={},
-        iterator=batches.preference_batches(
+        iterator=inputs.preference_batches(
+            config.batches,
             train_rows,
             batch_size=config.batch_size * config.members,
             seed=run_.data_seed(config.seed),
-            share=run_.share,
         ),
         evaluate=evaluate,
         shown=("loss", "accuracy", "margin"),

@@ -61,7 +61,12 @@ class ModelSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One SFT run; see the fields' own classes."""
+    """One SFT run; see the fields' own classes.
+
+    batches: how rows become batches. pack: several short demonstrations to a row of prompt_length + response_length
+    columns, none of which sees another; ``batch_size`` counts such rows. The loss is that of the same demonstrations
+    unpacked.
+    """
 
     seed: int = 0
     model: ModelSource = dataclasses.field(default_factory=ModelSource)
@@ -70,9 +75,16 @@ class Config:
     schedule: Schedule = dataclasses.field(default_factory=lambda: Schedule(num_steps=300))
     batch_size: int = 64
     num_microbatches: int = 1
+    batches: inputs.BatchConfig = dataclasses.field(default_factory=inputs.BatchConfig)
+    pack: bool = False
 
     def __post_init__(self) -> None:
         check_range(self, "batch_size", "num_microbatches", at_least=1)
+        if self.pack and self.batches.num_buckets > 1:
+            raise InputError(
+                f"pack is True with batches.num_buckets={self.batches.num_buckets}; packed rows are of one width, so "
+                "give one of the two"
+            )
 
 
 def make_objective(model: ModelConfig):
@@ -163,8 +175,12 @@ def run(
         objective=make_objective(model.config),
         params=model.params,
         frozen={},
-        iterator=batches.demonstration_batches(
-            train_rows, batch_size=config.batch_size, seed=run_.data_seed(config.seed), share=run_.share
+        iterator=inputs.demonstration_batches(
+            config.batches,
+            train_rows,
+            batch_size=config.batch_size,
+            seed=run_.data_seed(config.seed),
+            pack=config.pack,
         ),
         evaluate=evaluate,
         shown=("nll", "grad_norm"),

@@ -60,7 +60,8 @@ def train(
       objective: see ``training.step``.
       params: initial parameters, in their place on the run's mesh.
       frozen: parameters that the objective reads and nothing trains.
-      iterator: endless batches of ``config.batch_size`` rows, of which it gives this process its share.
+      iterator: endless batches of ``config.batch_size`` rows, this process's share of each; closed in the end, and its workers with
+        it.
       evaluate: ``evaluate(params)`` -> the held-out numbers.
       shown: names of the metrics that the progress bar shows.
       prepare: ``prepare(params, frozen, batch)`` -> the batch with what the whole of it decides and the update holds
@@ -106,4 +107,5 @@ def train(
         )
     finally:
         progress.close()
+        iterator.close()
     return state.params

@@ -1,9 +1,7 @@
-"""Packed rows hold every demonstration once, and their loss is that of the same demonstrations unpacked."""
+"""Packed rows hold every demonstration once. That their loss is the unpacked one: tests/stages/test_inputs.py."""
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,9 +11,6 @@ from rlhf_jax.data import batches as b
 from rlhf_jax.data.packing import lay_out_packed, pack
 from rlhf_jax.data.world import WorldConfig, demonstrations, world_tokenizer
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import decoder
-from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.training.forward import response_log_probs
 
 P, R = 16, 48
 
@@ -68,40 +63,6 @@ def test_packed_batches_show_every_demonstration_once_an_epoch(encoded):
                 seen += [tuple(tokens[segments == i].tolist()) for i in range(1, segments.max() + 1)]
         assert sorted(seen) == expected
     assert batch.tokens.shape == (1, P + R) and batch.response_mask.shape == (1, P + R - 1)
-
-
-@pytest.mark.slow
-def test_packed_loss_is_the_unpacked_loss(encoded):
-    """Value and gradient, summed over all demonstrations, agree to 1e-6 of their size."""
-    config = ModelConfig(
-        vocab_size=len(world_tokenizer()),
-        width=16,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        mlp_width=24,
-        max_length=P + R,
-    )
-    params = {"decoder": decoder.init_params(config, jax.random.key(0))["decoder"]}
-
-    @jax.jit
-    @jax.value_and_grad
-    def loss(params, batch):
-        return -jnp.sum(response_log_probs(config, params, batch)[0])
-
-    [(whole, _)] = b.eval_batches(encoded, len(encoded))
-    bins = len(b.packing.pack(b.lengths_of(encoded).sum(axis=1), P + R, 5))
-    packed = next(b.packed_batches(encoded, batch_size=bins, seed=5))
-    assert bins < len(encoded) / 2
-    assert packed.response_mask.sum() == whole.response_mask.sum()
-    with jax.default_matmul_precision("float32"):
-        value, gradient = loss(params, whole)
-        packed_value, packed_gradient = loss(params, packed)
-    np.testing.assert_allclose(packed_value, value, rtol=1e-6)
-    size = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
-    for one, other in zip(jax.tree.leaves(packed_gradient), jax.tree.leaves(gradient), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-6 * size)
 
 
 def test_weights_and_packing_do_not_go_together(encoded):

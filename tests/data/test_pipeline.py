@@ -156,6 +156,45 @@ def test_orbax_saves_and_restores_the_position(lazy, tmp_path):
         same(next(resumed), expected)
 
 
+@pytest.mark.parametrize("before, after", [(1, 2), (4, 2), (2, 1)])
+def test_a_checkpoint_goes_on_with_another_number_of_processes(lazy, tmp_path, before, after):
+    """Every process of the new number reads its part of the batches that would have come."""
+
+    def parts(count):
+        shares = [Share(process_index=i, process_count=count) for i in range(count)]
+        return [PIPELINES["packed"](lazy, batch_size=4, seed=2, share=share) for share in shares]
+
+    whole = PIPELINES["packed"](lazy, batch_size=4, seed=2)
+    expected = [next(whole) for _ in range(8)]
+    checkpoints = Checkpoints(tmp_path)
+    first, *others = parts(before)
+    for _ in range(5):
+        for part in (first, *others):
+            next(part)
+    assert {json.dumps(part.get_state()) for part in others} <= {json.dumps(first.get_state())}
+    checkpoints.save(5, {"x": np.zeros(1)}, first, {})
+    resumed = parts(after)
+    for part in resumed:
+        assert checkpoints.restore_newest({"x": np.zeros(1)}, part)[0] == 5
+    for batch in expected[5:]:
+        same(jax.tree.map(lambda *leaves: np.concatenate(leaves), *map(next, resumed)), batch)
+    stranger = PIPELINES["packed"](lazy, batch_size=4, seed=3)
+    with pytest.raises(InputError, match="is of another order of batches .*: go on with the data, seed and"):
+        checkpoints.restore_newest({"x": np.zeros(1)}, stranger)
+    checkpoints.close()
+    assert (tmp_path / "checkpoints" / "5").exists()
+
+
+def test_a_position_in_rows_of_other_lengths_is_refused(lazy):
+    encoded = lazy["demonstrations"]
+    state = b.demonstration_batches(encoded, batch_size=4, seed=2).get_state()
+    for other in (encoded.rows[::-1], [*encoded.rows[:-1], encoded.rows[0]]):
+        assert len(other) == len(encoded)
+        iterator = b.demonstration_batches(dataclasses.replace(encoded, rows=other), batch_size=4, seed=2)
+        with pytest.raises(InputError, match="is of another order of batches"):
+            iterator.set_state(state)
+
+
 def test_a_position_of_another_order_is_refused(lazy):
     state = PIPELINES["demonstrations"](lazy, batch_size=4, seed=2).get_state()
     others = [

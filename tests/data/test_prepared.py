@@ -101,6 +101,8 @@ def test_splits_are_by_group_and_those_of_the_reader(tmp_path):
     assert sorted([*train, *held_out], key=lambda row: int(row.response)) == list(opened.rows)
     assert not {row.prompt for row in train} & {row.prompt for row in held_out}
     assert 24 <= len(held_out) < 24 + 8
+    rows, _ = readers.read_demonstrations(path)
+    assert (list(train), list(held_out)) == readers.split_by_group(rows, held_out_fraction=0.3, seed=4)
     assert not len(prepared.split_prepared(opened, held_out_fraction=0.0, seed=4)[1])
     with pytest.raises(InputError, match="held_out_fraction is 1.0"):
         prepared.split_prepared(opened, held_out_fraction=1.0, seed=4)

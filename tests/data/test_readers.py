@@ -1,15 +1,18 @@
 """Files become rows or one clear sentence; groups are never divided."""
 
 import gzip
+import hashlib
 import json
 import pathlib
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlhf_jax.data.readers import (
     ReadReport,
+    digests,
     longer_wins,
     read_demonstrations,
     read_preferences,
@@ -427,6 +430,22 @@ def test_splits_depend_on_the_seed_and_refuse_what_cannot_be():
         split_by_group(rows, held_out_fraction=1.0, seed=0)
     with pytest.raises(InputError, match="form 1 group"):
         split_by_group(rows[:1], held_out_fraction=0.5, seed=0)
+
+
+def test_the_name_of_a_group_alone_gives_it_its_place_in_line():
+    """Whatever the order of rows; and rows that come later move what is held out by no more than they must."""
+    rows = [_pair(f"g{i % 50}", chosen=str(i)) for i in range(200)]
+    held_out = {row.group for row in split_by_group(rows, held_out_fraction=0.2, seed=1)[1]}
+    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(200)]
+    assert {row.group for row in split_by_group(shuffled, held_out_fraction=0.2, seed=1)[1]} == held_out
+    more = rows + [_pair(f"g{50 + i}", chosen=str(i)) for i in range(20)]
+    after = {row.group for row in split_by_group(more, held_out_fraction=0.2, seed=1)[1]}
+    kept = {group for group in after if int(group[1:]) < 50}
+    assert kept <= held_out or held_out <= kept
+    assert len(kept ^ held_out) <= 5
+    # The digests are a promise to sets prepared long ago: BLAKE2b of the text, eight bytes, little end first.
+    expected = int.from_bytes(hashlib.blake2b("Ünïcode".encode(), digest_size=8).digest(), "little")
+    assert digests(["x", "Ünïcode"]).tolist()[1] == expected
 
 
 def test_demonstrations_are_split_by_prompt():

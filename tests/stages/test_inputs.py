@@ -6,13 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.data import batches, prepared
+from rlhf_jax.data import batches, packing, prepared
 from rlhf_jax.data.mixtures import Mixture
 from rlhf_jax.data.prepared import PreparedRows
 from rlhf_jax.data.rows import Demonstration, Prompt
-from rlhf_jax.data.world import WorldConfig, world_tokenizer
+from rlhf_jax.data.world import WorldConfig, demonstrations, world_tokenizer
 from rlhf_jax.errors import InputError
-from rlhf_jax.stages import inputs
+from rlhf_jax.models import decoder, heads
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.stages import inputs, reward_model, sft
 from rlhf_jax.stages.inputs import BatchConfig, DataConfig
 
 WORDS = ["bold", "warm", "clever", "fresh", "great", "dull", "weak", "flat", "stale", "cheap"]
@@ -55,16 +57,11 @@ def test_a_prepared_set_gives_the_rows_of_its_file(folder, kind):
     of_file = LOADERS[kind](DataConfig(path=str(folder / "pairs.jsonl")))
     of_set = LOADERS[kind](DataConfig(path=str(folder / "pairs")))
     assert isinstance(of_set.train, PreparedRows)
-    for side in ("train", "held_out"):
-        # Which groups are held out is decided by their names in a file, by digests of these in a set.
-        assert {row.group for row in getattr(of_set, side)} <= {f"g{i}" for i in range(13)}
-    both = [
-        sorted([*split.train, *split.held_out], key=lambda row: int(row.source[12:]))
-        for split in (of_file, of_set)
-    ]
-    if kind == "prompts":  # once on either side of a split, so that which row stands for a prompt differs
-        both = [{row.prompt for row in rows} for rows in both]
-    assert both[0] == both[1]
+    for side in ("train", "held_out"):  # the same groups are held out
+        assert list(getattr(of_set, side)) == list(getattr(of_file, side))
+    assert {row.group for row in of_set.train} | {row.group for row in of_set.held_out} == {
+        f"g{i}" for i in range(13)
+    }
     assert not {row.group for row in of_set.train} & {row.group for row in of_set.held_out}
 
 
@@ -180,7 +177,7 @@ def test_batches_as_the_config_says(folder):
         response_length=16,
     )
     how = {"batch_size": 8, "seed": 3}
-    packed = next(inputs.demonstration_batches(BatchConfig(pack=True), texts, **how))
+    packed = next(inputs.demonstration_batches(BatchConfig(), texts, pack=True, **how))
     assert packed.segment_ids.max() > 2
     narrow = next(inputs.demonstration_batches(BatchConfig(num_buckets=2), texts, **how))
     assert narrow.segment_ids is None and narrow.tokens.shape[1] < 32
@@ -194,12 +191,85 @@ def test_batches_as_the_config_says(folder):
         strict=True,
     ):
         np.testing.assert_array_equal(one, other)
-    with pytest.raises(InputError, match="preferences are not packed; give num_buckets instead"):
-        inputs.preference_batches(BatchConfig(pack=True), pairs, **how)
     for bad, message in (
-        ({"pack": True, "num_buckets": 2}, "pack is on with num_buckets=2"),
         ({"num_buckets": 0}, "num_buckets is 0"),
         ({"num_workers": -1}, "num_workers is -1"),
     ):
         with pytest.raises(InputError, match=message):
             BatchConfig(**bad)
+    with pytest.raises(InputError, match="pack is True with batches.num_buckets=2; .* give one of the two"):
+        sft.Config(pack=True, batches=BatchConfig(num_buckets=2))
+
+
+def tiny(tokenizer) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=len(tokenizer),
+        width=16,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        mlp_width=24,
+        max_length=64,
+    )
+
+
+@pytest.mark.slow
+def test_packed_loss_is_the_unpacked_loss_of_sft():
+    """Of the stage's own objective over every demonstration: value and gradient agree to 1e-6 of their size."""
+    rows = demonstrations(WorldConfig(seed=3, num_demonstrations=37, num_preferences=1, num_prompts=1))
+    encoded, _ = batches.encode_demonstrations(rows, world_tokenizer(), prompt_length=16, response_length=48)
+    config = tiny(world_tokenizer())
+    params = {"decoder": decoder.init_params(config, jax.random.key(0))["decoder"]}
+    objective = sft.make_objective(config)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params, batch):
+        return objective(params, {}, batch)[0]["likelihood"].mean()
+
+    [(whole, _)] = batches.eval_batches(encoded, len(encoded))
+    num_bins = len(packing.pack(batches.lengths_of(encoded).sum(axis=1), 64, 5))
+    how = {"batch_size": num_bins, "seed": 5}
+    packed = next(inputs.demonstration_batches(BatchConfig(), encoded, pack=True, **how))
+    assert num_bins < len(encoded) / 2
+    assert packed.response_mask.sum() == whole.response_mask.sum()
+    with jax.default_matmul_precision("float32"):
+        value, gradient = loss(params, whole)
+        packed_value, packed_gradient = loss(params, packed)
+    np.testing.assert_allclose(packed_value, value, rtol=1e-6)
+    size = max(float(abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
+    for one, other in zip(jax.tree.leaves(packed_gradient), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6 * size)
+
+
+@pytest.mark.slow
+def test_a_narrow_batch_has_the_loss_of_the_same_pairs_at_full_width(folder):
+    """Of the reward model's own objective, over batches of two widths."""
+    split = inputs.load_preferences(DataConfig(path=str(folder / "pairs")))
+    tokenizer = world_tokenizer()
+    encoded, _ = batches.encode_preferences(split.train, tokenizer, prompt_length=16, response_length=16)
+    config = tiny(tokenizer)
+    key = jax.random.key(0)
+    params = decoder.init_params(config, key) | {"head": heads.init_scalar_head(config, key)}
+    objective = jax.jit(reward_model.make_objective(config))
+    [(whole, _)] = batches.eval_batches(encoded, len(encoded))
+    said = {tuple(row[mask].tolist()): i for i, (row, mask) in enumerate(_said(whole))}
+    iterator = inputs.preference_batches(BatchConfig(num_buckets=2), encoded, batch_size=8, seed=3)
+    widths = set()
+    for _ in range(6):
+        narrow = next(iterator)
+        places = [said[tuple(row[mask].tolist())] for row, mask in _said(narrow)]
+        wide = jax.tree.map(lambda leaf, places=places: leaf[np.array(places)], whole)
+        widths.add(narrow.chosen.tokens.shape[1])
+        found, expected = (objective(params, {}, batch)[0] for batch in (narrow, wide))
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5)
+    assert len(widths) == 2 and max(widths) < 32
+
+
+def _said(batch):
+    """(tokens, mask) of each pair, both sides one after the other."""
+    tokens = np.concatenate([batch.chosen.tokens, batch.rejected.tokens], axis=1)
+    masks = np.concatenate([batch.chosen.token_mask, batch.rejected.token_mask], axis=1)
+    return list(zip(tokens, masks, strict=True))

@@ -1,0 +1,86 @@
+"""How rows become batches is an option of each stage that learns from fixed rows, and a resumed run keeps to it."""
+
+import dataclasses
+import json
+import multiprocessing
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax import checkpoints
+from rlhf_jax.data import prepared, world
+from rlhf_jax.errors import InputError
+from rlhf_jax.stages import reward_model, sft
+from rlhf_jax.stages.inputs import BatchConfig, DataConfig
+from rlhf_jax.training.interrupt import Interrupted, StopRequest
+from rlhf_jax.training.loop import Schedule
+
+from .conftest import REWARD, SFT, WORLD, StopAfter
+
+
+def params_of(workdir):
+    return checkpoints.restore_params(checkpoints.handoff_path(pathlib.Path(workdir)))
+
+
+def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
+    jax.tree.map(np.testing.assert_array_equal, params_of(one), params_of(other))
+    assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> pathlib.Path:
+    """A file of the embedded world's pairs, and beside it the set prepared from it."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = world.preferences(WORLD, "train")
+    lines = [{"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} for row in rows]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    prepared.prepare(path, "preferences", path.with_suffix(""))
+    return path
+
+
+@pytest.mark.slow
+def test_packed_sft_with_a_worker_process_resumes_in_mid_epoch_as_if_undisturbed(ladder, pairs, tmp_path):
+    def config(path, **batches):
+        return dataclasses.replace(
+            SFT,
+            model=sft.ModelSource(path=ladder.sft),
+            data=DataConfig(path=str(path)),
+            schedule=Schedule(num_steps=3, save_every=2),
+            batches=BatchConfig(**batches),
+            batch_size=8,
+            pack=True,
+        )
+
+    # Without workers from the file, with one from the prepared set.
+    sft.run(config(pairs), tmp_path / "whole", stop=StopRequest())
+    working = config(pairs.with_suffix(""), num_workers=1)
+    with pytest.raises(Interrupted, match="saved step 1 of 3"):
+        sft.run(working, tmp_path / "halves", stop=StopAfter(1))
+    sft.run(working, tmp_path / "halves", stop=StopRequest())
+    assert not multiprocessing.active_children()
+    assert_same_run(tmp_path / "halves", tmp_path / "whole")
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    # No demonstration alone has more than 47 tokens.
+    assert all(row["tokens"] > 8 * 48 for row in rows[1:])
+
+
+def test_buckets_resume_and_other_data_is_refused(ladder, pairs, tmp_path):
+    config = dataclasses.replace(REWARD, data=DataConfig(path=str(pairs)), batches=BatchConfig(num_buckets=2))
+
+    def run(name, stop):
+        reward_model.run(config, tmp_path / name, init_from=ladder.sft, stop=stop)
+
+    run("whole", StopRequest())
+    with pytest.raises(Interrupted, match="saved step 1 of 4"):
+        run("halves", StopAfter(1))
+    was = pairs.read_text()
+    lines = was.splitlines()
+    pairs.write_text("\n".join([*lines[1:], json.dumps(json.loads(lines[0]) | {"chosen": "warm"})]))
+    with pytest.raises(InputError, match="position in the data is of another order .*: go on with the data"):
+        run("halves", StopRequest())
+    assert (tmp_path / "halves" / "checkpoints" / "1").exists()  # nothing is called damaged
+    pairs.write_text(was)
+    run("halves", StopRequest())
+    assert_same_run(tmp_path / "halves", tmp_path / "whole")
