@@ -228,6 +228,12 @@ def train(
         num_minibatches=config.num_minibatches,
         gold=None if gold is None else rollouts.of_prompts(gold, encoded),
     )
+    iterator = batches.prompt_batches(
+        encoded,
+        batch_size=config.batch_size // method.group_size * method.rounds,
+        seed=run.data_seed(config.seed),
+        share=run.share,
+    )
     progress = Progress(
         run.stage, config.schedule.num_steps, ("proxy", "gold", "kl", "length"), line_every=10
     )
@@ -236,12 +242,7 @@ def train(
             state=meshes.put(state, places),
             # Prompts are small, and a method may choose among those of the whole batch.
             step=lambda state, prompts: iterate(state, hosts.gather_rows(prompts)),
-            batches=batches.prompt_batches(
-                encoded,
-                batch_size=config.batch_size // method.group_size * method.rounds,
-                seed=run.data_seed(config.seed),
-                share=run.share,
-            ),
+            batches=iterator,
             schedule=config.schedule,
             workdir=run.workdir,
             progress=progress,
@@ -249,6 +250,7 @@ def train(
             evaluate=lambda state: evaluate(method.policy_of(state.train.params)),
             skipped_updates=lambda state: state.train.skipped,
             enough=config.stop_when,
+            sources_of=iterator.sources_of,
         )
     finally:
         progress.close()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import grain
 import jax
 
+from rlhf_jax.data.pipeline import BatchIterator
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
@@ -47,7 +47,7 @@ def train(
     objective: Objective,
     params: Any,
     frozen: Any,
-    iterator: grain.DatasetIterator,
+    iterator: BatchIterator,
     evaluate: Callable[[Any], Mapping[str, float]],
     shown: Sequence[str],
     prepare: Callable[[Any, Any, Any], Any] | None = None,
@@ -60,8 +60,8 @@ def train(
       objective: see ``training.step``.
       params: initial parameters, in their place on the run's mesh.
       frozen: parameters that the objective reads and nothing trains.
-      iterator: endless batches of ``config.batch_size`` rows, this process's share of each; closed in the end, and its workers with
-        it.
+      iterator: endless batches of ``config.batch_size`` rows, this process's share of each; closed in the end,
+        and its workers with it.
       evaluate: ``evaluate(params)`` -> the held-out numbers.
       shown: names of the metrics that the progress bar shows.
       prepare: ``prepare(params, frozen, batch)`` -> the batch with what the whole of it decides and the update holds
@@ -104,6 +104,7 @@ def train(
             stop=run.stop,
             evaluate=lambda state: evaluate(state.params),
             skipped_updates=lambda state: state.skipped,
+            sources_of=iterator.sources_of,
         )
     finally:
         progress.close()

@@ -11,7 +11,7 @@ import dataclasses
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -62,7 +62,7 @@ def fit(
     evaluate: Callable[[Any], Mapping[str, float]] | None = None,
     skipped_updates: Callable[[Any], jax.Array] | None = None,
     enough: Callable[[Mapping[str, float]], bool] | None = None,
-    name_rows: Callable[[int], str] | None = None,
+    sources_of: Callable[[int], Sequence[str]] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Any:
     """Runs ``step`` until ``schedule.num_steps``, resuming from the newest checkpoint of ``workdir`` if there is one.
@@ -81,8 +81,8 @@ def fit(
       evaluate: ``evaluate(state) -> values``, written under the names it returns.
       skipped_updates: reads the number of consecutive skipped updates from a state.
       enough: ``enough(what evaluate returned)`` -> whether training ends there, as if that step were the last.
-      name_rows: ``name_rows(number of a batch, from 0)`` -> its rows in words, for the message of a run that ends
-        because of them.
+      sources_of: ``sources_of(number of a batch, from 0)`` -> where its rows came from, for the message of a run that
+        ends because of them.
       clock: seconds, for ``schedule.save_every_minutes``.
 
     Raises:
@@ -112,7 +112,7 @@ def fit(
             now = Accumulator()
             now.add(metrics)
             progress(done, now.values())
-            _check_guard(state, skipped_updates, done, checkpoints.directory, saved, name_rows)
+            _check_guard(state, skipped_updates, done, checkpoints.directory, saved, sources_of)
             checkpoints.check()
             row, found = {}, {}
             if evaluate is not None and _evaluates(schedule, done):
@@ -156,14 +156,19 @@ def _evaluates(schedule: Schedule, done: int) -> bool:
     return done == schedule.num_steps or (schedule.eval_every > 0 and done % schedule.eval_every == 0)
 
 
-def _check_guard(state, skipped_updates, done, directory, saved, name_rows) -> None:
+def _check_guard(state, skipped_updates, done, directory, saved, sources_of) -> None:
     if skipped_updates is None:
         return
     skipped = int(skipped_updates(state))
     if skipped >= MAX_SKIPPED_UPDATES:
         kept = "no checkpoint was saved yet" if saved is None else f"step {saved} is saved in {directory}"
-        held = "" if name_rows is None else f", whose batch held {name_rows(done - 1)}"
+        held = "" if sources_of is None else f", whose batch held {_shortened(sources_of(done - 1))}"
         raise InputError(
             f"loss or gradient was not finite in the last {skipped} updates, up to step {done}{held}; {kept}; "
             "lower --config.optimizer.learning_rate in another --workdir, or look at the data"
         )
+
+
+def _shortened(sources: Sequence[str], most: int = 8) -> str:
+    rest = len(sources) - most
+    return ", ".join(sources[:most]) + (f" and {rest} more" if rest > 0 else "")

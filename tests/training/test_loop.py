@@ -143,12 +143,16 @@ def test_updates_that_are_skipped_again_and_again_end_the_run_in_a_sentence(good
     values = grain.MapDataset.source([*range(1, good + 1), *[100] * 30]).batch(1)
     iterator = iter(values.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
     schedule = Schedule(num_steps=30, save_every=5 if good else 30)
-    rows = f", whose batch held row {good + 9}"
+    rows = (
+        ", whose batch held "
+        + "".join(f"{good + 9}:{row}, " for row in range(7))
+        + f"{good + 9}:7 and 4 more"
+    )
     expected = (
         f"not finite in the last 10 updates, up to step {good + 10}{rows}; {kept}; lower --config.optimizer"
     )
     with pytest.raises(InputError, match=expected):
-        run(tmp_path, schedule, iterator=iterator, name_rows=lambda number: f"row {number}")
+        run(tmp_path, schedule, iterator=iterator, sources_of=lambda n: [f"{n}:{row}" for row in range(12)])
     # What is kept is the newest state of which the last update was good.
     if good:
         saver, state = Checkpoints(tmp_path), {"total": jnp.int32(0), "skipped": jnp.int32(0)}
