@@ -91,7 +91,7 @@ def fit(
         written.
     """
     checkpoints = Checkpoints(workdir, keep=schedule.keep, keep_every=schedule.keep_every)
-    done, pending, writer, ended = 0, Accumulator(), None, False
+    done, pending, writer, ended, given_up = 0, Accumulator(), None, False, False
     try:
         restored = checkpoints.restore_newest(state, batches)
         if restored is not None:
@@ -139,10 +139,15 @@ def fit(
                 "run the same command again to go on from there"
             )
         return state
+    except jax.errors.JaxRuntimeError:
+        # Where another process is gone, waiting for a save that it takes part in would only delay the message.
+        given_up = jax.process_count() > 1
+        raise
     finally:
         if writer is not None:
             writer.close()
-        checkpoints.close()
+        if not given_up:
+            checkpoints.close()
 
 
 def _agree(stop: StopRequest, due: bool) -> tuple[str | None, bool]:

@@ -12,12 +12,13 @@ import numpy as np
 from experiments import launch
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import dpo, ppo, reward_model, sft
+from rlhf_jax.training.interrupt import Interrupted, StopRequest
 from rlhf_jax.training.loop import Schedule
-from tests.stages.conftest import DPO, PPO, REWARD, SFT
+from tests.stages.conftest import DPO, PPO, REWARD, SFT, StopAfter
 
 SHORT = Schedule(num_steps=2, save_every=2)
 # Long enough to be stopped on its way, twice.
-LONG = Schedule(num_steps=24, save_every=5)
+LONG = Schedule(num_steps=16, save_every=5)
 
 
 def run(workdir: pathlib.Path, stop, mesh=None) -> None:
@@ -47,8 +48,23 @@ def _run(workdir: pathlib.Path, mesh, stop) -> None:
     ppo.run(config, workdir / "ppo", reward_from=str(workdir / "reward_model"), **start)
 
 
+def stop_on_one(workdir: pathlib.Path) -> None:
+    """SFT that the last process alone is asked to stop; what each says goes to ``said.<process>``."""
+    said = workdir / f"said.{jax.process_index()}"
+    if said.exists():
+        return
+    asked_here = jax.process_index() == jax.process_count() - 1
+    try:
+        stop = StopAfter(2) if asked_here else StopRequest()
+        sft.run(dataclasses.replace(SFT, schedule=LONG), workdir / "stopped", stop=stop)
+    except Interrupted as interrupted:
+        said.write_text(str(interrupted))
+
+
 def main(stop) -> None:
-    run(pathlib.Path(WORKDIR.value), stop)
+    workdir = pathlib.Path(WORKDIR.value)
+    stop_on_one(workdir)
+    run(workdir, stop)
 
 
 if __name__ == "__main__":
