@@ -1,10 +1,12 @@
-"""Ours and TRL's steps in turn, in one run, and the median of the paired ratios.
+"""Our steps and a peer's in turn, in one run, and the median of the paired ratios.
 
-    python -m benchmarks.compare --trl_python=<python with trl> --tasks=sft,dpo,rm,grpo,gen --rounds=5
+    python -m benchmarks.compare --peer=trl --peer_python=<python with trl==1.16.0> --tasks=sft,dpo,rm,grpo,gen
+    python -m benchmarks.compare --peer=trl --peer_python=<python with trl==1.12.0> --tasks=ppo
+    python -m benchmarks.compare --peer=tunix --peer_python=<python with tunix> --tasks=sft,dpo,grpo,ppo,gen
 
 Each side is a fresh process; the two alternate so that whatever else the machine does falls on both. Shapes: sft 8 rows
-of 256; dpo 4 pairs of 256, half of it prompt; rm 8 pairs of 256; grpo and gen 16 rows of 64 + 64. It prints two JSON
-lines a round, and one a task at the end.
+of 256; dpo 4 pairs of 256, half of it prompt; rm 8 pairs of 256; grpo, ppo and gen 16 rows of 64 + 64. It prints two
+JSON lines a round, and one a task at the end.
 """
 
 import json
@@ -19,10 +21,14 @@ SHAPES = {
     "dpo": {"batch": 4, "seq": 256},
     "rm": {"batch": 8, "seq": 256},
     "grpo": {"batch": 16, "seq": 128, "new": 64},
+    "ppo": {"batch": 16, "seq": 128, "new": 64},
     "gen": {"batch": 16, "seq": 128, "new": 64},
 }
-TRL_PYTHON = flags.DEFINE_string("trl_python", None, "Interpreter with trl==1.16.0 and torch.", required=True)
-TASKS = flags.DEFINE_list("tasks", list(SHAPES), "Which tasks.")
+PEER = flags.DEFINE_enum("peer", "trl", ["trl", "tunix"], "Whose steps: benchmarks/<peer>_steps.py.")
+PEER_PYTHON = flags.DEFINE_string(
+    "peer_python", None, "Interpreter in which the peer is installed.", required=True
+)
+TASKS = flags.DEFINE_list("tasks", ["sft", "dpo", "grpo", "gen"], "Which tasks.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Pairs of measurements a task.")
 STEPS = flags.DEFINE_integer("steps", 5, "Measured steps a process.")
 
@@ -40,12 +46,13 @@ def compare(task):
     pairs = []
     for _ in range(ROUNDS.value):
         ours = measure([sys.executable, "-m", "benchmarks.speed"], task)
-        theirs = measure([TRL_PYTHON.value, "benchmarks/trl_steps.py"], task)
+        theirs = measure([PEER_PYTHON.value, f"benchmarks/{PEER.value}_steps.py"], task)
         print(json.dumps(ours), json.dumps(theirs), sep="\n", flush=True)
         pairs.append((ours, theirs))
     ratios = [ours["tokens_per_s"] / theirs["tokens_per_s"] for ours, theirs in pairs]
     return {
         "task": task,
+        "peer": PEER.value,
         "ours_tokens_per_s": statistics.median(ours["tokens_per_s"] for ours, _ in pairs),
         "theirs_tokens_per_s": statistics.median(theirs["tokens_per_s"] for _, theirs in pairs),
         "speed_ratio_median": round(statistics.median(ratios), 3),

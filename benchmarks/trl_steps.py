@@ -1,5 +1,7 @@
 """TRL's trainers, and transformers' generate, at the shapes of ``benchmarks.speed``; needs trl and torch.
 
+PPO left TRL after 1.12, so that ``--task=ppo`` needs that version and every other task 1.16.
+
     <python with trl> benchmarks/trl_steps.py --task dpo --batch 4 --seq 256 --steps 5
 
 A random Llama of the same shape, float32, on CPU; the trainers' own defaults except gradient checkpointing, which is
@@ -165,6 +167,31 @@ def grpo(size, batch, seq, new, steps, clock):
     return trainer, batch * seq
 
 
+def ppo(size, batch, seq, new, steps, clock):
+    """Four roles and four epochs over one minibatch, as ``benchmarks.speed`` has them."""
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    trainer = PPOTrainer(
+        model=make_model(size, seq),
+        ref_model=make_model(size, seq),
+        reward_model=make_model(size, seq, scalar=True),
+        value_model=make_model(size, seq, scalar=True),
+        args=PPOConfig(
+            response_length=new,
+            num_ppo_epochs=4,
+            num_mini_batches=1,
+            num_sample_generations=0,
+            temperature=1.0,
+            total_episodes=batch * steps,
+            **{name: value for name, value in shared(steps, batch).items() if name != "max_steps"},
+        ),
+        train_dataset=datasets.Dataset.from_dict({"input_ids": ids(size, batch * steps, seq - new)}),
+        processing_class=make_tokenizer(size),
+        callbacks=[clock],
+    )
+    return trainer, batch * seq
+
+
 def generate(size, batch, seq, new, steps):
     """Seconds of each of ``steps`` calls of ``model.generate``."""
     model = make_model(size, seq).eval()
@@ -187,7 +214,7 @@ def generate(size, batch, seq, new, steps):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", default="sft", choices=["sft", "dpo", "rm", "grpo", "gen"])
+    parser.add_argument("--task", default="sft", choices=["sft", "dpo", "rm", "grpo", "ppo", "gen"])
     parser.add_argument("--size", default="tiny", choices=sorted(SIZES))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=256)
@@ -201,7 +228,9 @@ def main():
         seconds, tokens = generate(*shape)
     else:
         clock = Clock()
-        trainer, tokens = {"sft": sft, "dpo": dpo, "rm": rm, "grpo": grpo}[arguments.task](*shape, clock)
+        trainer, tokens = {"sft": sft, "dpo": dpo, "rm": rm, "grpo": grpo, "ppo": ppo}[arguments.task](
+            *shape, clock
+        )
         trainer.train()
         seconds = clock.seconds
     median = statistics.median(seconds[WARM_UP:])

@@ -2,10 +2,12 @@
 
     python -m experiments.export --run=runs/ppo --to=exported/ppo
     python -m experiments.export --run=runs/reward_model --to=exported/reward_model --dtype=bfloat16
+    python -m experiments.export --run=runs/dpo_lora --to=exported/adapter --adapter_on=exported/sft
 
 A policy becomes the language model of its family; a reward model becomes ...ForSequenceClassification with one label,
 whose scores are ours but for the constant that config.json keeps as score_bias. The directory is also one that
---init_from and --config.model.path take.
+--init_from and --config.model.path take. With --adapter_on, a run with config.lora becomes PEFT's two files, which name
+the Hugging Face directory (or hub id) of what it was trained on.
 """
 
 from __future__ import annotations
@@ -16,9 +18,13 @@ import sys
 from absl import flags
 
 from experiments import launch
+from rlhf_jax import checkpoints
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import huggingface
+from rlhf_jax.models import huggingface, lora
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.stages import config as configs
+from rlhf_jax.stages.adapters import LoraOptions
 from rlhf_jax.stages.run_directory import load_handoff_model
 
 RUN = flags.DEFINE_string("run", None, "Directory of a finished run.", required=True)
@@ -27,12 +33,21 @@ DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "What parameters are rounded to."
 )
 
+ADAPTER_ON = flags.DEFINE_string(
+    "adapter_on",
+    "",
+    "Write the adapter alone, as PEFT does, on this Hugging Face directory or hub id; empty: the whole model.",
+)
+
 
 def main(stop):
     del stop  # nothing here is worth resuming
     target = pathlib.Path(TO.value)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"--to={target} is there already; give a new or an empty directory")
+    if ADAPTER_ON.value:
+        write_adapter(target)
+        return
     model = load_handoff_model(RUN.value)
     tokenizer = model.tokenizer
     ids = {
@@ -52,6 +67,25 @@ def main(stop):
     else:
         huggingface.save_pretrained(target, model.config, model.params, **ids)
     tokenizers.save_tokenizer(tokenizer, target)
+    print(f"wrote {target}", file=sys.stderr)
+
+
+def write_adapter(target):
+    if flags.FLAGS["dtype"].present:
+        raise InputError("--dtype is not for adapters, which stay float32; leave it out")
+    handoff, location = checkpoints.load_handoff(RUN.value)
+    if not checkpoints.has_adapter(location):
+        raise InputError(f"--run={RUN.value} was trained whole and has no adapter; leave --adapter_on out")
+    trained = checkpoints.restore_params(location, name=checkpoints.ADAPTER)
+    settings = configs.from_dict(LoraOptions, handoff.config["lora"], f"{location}: lora").settings
+    shape = ModelConfig.from_dict(handoff.model)
+    head = trained.get("head")
+    if head is not None:
+        head = {
+            "kernel": head["kernel"],
+            "bias": head["bias"] - float(handoff.facts.get("reward_offset", 0.0)),
+        }
+    lora.save_adapter(target, shape, trained["adapter"], settings, base_model=ADAPTER_ON.value, head=head)
     print(f"wrote {target}", file=sys.stderr)
 
 

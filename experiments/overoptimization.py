@@ -3,31 +3,36 @@
     python -m experiments.quickstart --workdir=runs/quickstart
     python -m experiments.overoptimization --quickstart=runs/quickstart --workdir=runs/overoptimization
 
-Trains proxies on fewer pairs than the quickstart's reward model, and an ensemble; samples 1,024 responses a prompt from
-the SFT policy and scores them with every proxy and with gold; optimises a policy against every proxy by PPO without a
-leash; fits the curves of Gao, Schulman & Hilton (2023). The quickstart's own reward model and PPO runs join in. Leaves
-overoptimization.json, overoptimization.html and two PNGs. Run again, it resumes; fields: --config.<part>.*.
+Trains proxies on fewer pairs than the quickstart's reward model, a small one, and an ensemble; samples 1,024 responses
+a prompt from the SFT policy and scores them with every proxy, with the labellers' own taste and with gold; optimises a
+policy against every proxy by PPO; fits the curves of Gao, Schulman & Hilton (2023). The quickstart's own reward model
+("pairs_49k") and PPO runs join in. Leaves overoptimization.json, overoptimization.html and a PNG for each picture. Run
+again, it resumes; fields: --config.<part>.*. What came out: docs/overoptimization.md.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from absl import flags
 
 from experiments import launch
+from rlhf_jax import checkpoints
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluation import best_of_n as estimators
 from rlhf_jax.evaluation import overoptimization_page as page
-from rlhf_jax.evaluation.overoptimization_page import Measured
+from rlhf_jax.evaluation.overoptimization_page import Measured, Section
+from rlhf_jax.evaluation.policies import best_of_n_kl
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.stages import best_of_n, ppo, reward_model
+from rlhf_jax.rewards import ensembles
+from rlhf_jax.stages import best_of_n, ppo, reward_model, sft
 from rlhf_jax.stages import config as configs
 
 CONFIG = launch.define_config("overoptimization")
@@ -40,69 +45,207 @@ PARALLELISM = launch.define_parallelism()
 MESH = launch.define_mesh()
 # Sets of prompts whose curves are independent, for the intervals of best-of-n.
 NUM_SETS = 16
+BEST_OF_N_KLS = (0.5, 1.0, 2.0, 4.0, 5.9)
+RL_KLS = (2.0, 5.0, 10.0, 20.0, 40.0)
+# What the sections are made of.
+DRAWN = {
+    "proxies": ("pairs_1k", "pairs_8k", "narrow_8k", "ensemble_8k"),
+    "policies": (
+        "pairs_1k",
+        "pairs_8k",
+        "narrow_8k",
+        "mean",
+        "worst_case",
+        "mean_minus_variance",
+        "weak_leash",
+        "strong_leash",
+    ),
+}
+# The quickstart's reward model saw that many pairs.
+FULL = "pairs_49k"
 
 
 def main(stop):
     config, workdir = CONFIG.value.to_dict(), pathlib.Path(WORKDIR.value)
     start = pathlib.Path(QUICKSTART.value)
+    missing = [
+        name
+        for name in ("sft", "reward_model", "ppo", "ppo_no_leash")
+        if not checkpoints.is_finished(start / name)
+    ]
+    if missing:
+        raise InputError(
+            f"--quickstart={start} has no finished run {missing[0]!r}; run experiments.quickstart there first"
+        )
+    for part, names in DRAWN.items():
+        absent = sorted(set(names) - set(config[part]))
+        if absent:
+            raise InputError(
+                f"config.{part} has no {absent[0]!r}, which is drawn; it needs {', '.join(names)}"
+            )
     mesh = meshes.make_mesh(MESH.value)
     how = {"parallelism": PARALLELISM.value, "mesh": mesh, "stop": stop}
-    proxies = {"quickstart": start / "reward_model"}
-    for name in config["proxies"]:
-        proxies[name] = workdir / f"reward_{name}"
-        built = _built(reward_model.Config, config, config["proxies"][name], f"config.proxies.{name}", name)
-        reward_model.run(built, proxies[name], init_from=str(start / "sft"), **how)
+    proxies = {FULL: start / "reward_model"} | train_proxies(config, workdir, start, how)
     scores = best_of_n.run(
-        _built(best_of_n.Config, config, config["best_of_n"], "config.best_of_n"),
+        built(best_of_n.Config, config, config["best_of_n"], "config.best_of_n"),
         workdir / "best_of_n",
         policy_from=str(start / "sft"),
         rewards_from={name: str(path) for name, path in proxies.items()},
         mesh=mesh,
         stop=stop,
     )
-    runs = {"quickstart": start / "ppo_no_leash", "quickstart, leashed": start / "ppo"}
-    for name in config["proxies"]:
+    runs = {"no_leash": start / "ppo_no_leash", "leash": start / "ppo"}
+    for name, changes in config["policies"].items():
         runs[name] = workdir / f"ppo_{name}"
-        built = _built(ppo.Config, config, config["ppo"], "config.ppo")
-        where = {"init_from": str(start / "sft"), "reward_from": str(proxies[name])}
-        ppo.run(built, runs[name], **where, **how)
-    sampled = {name: of_best_of_n(scores[name], scores["gold"]) for name in proxies}
-    trained = {name: of_run(path) for name, path in runs.items()}
-    summary = page.write(workdir, best_of_n=sampled, rl=trained, seed=config["seed"])
+        where = {"init_from": str(start / "sft"), "reward_from": str(proxies[changes["proxy"]])}
+        fields = {**config["ppo"], "beta": changes["beta"], "scoring": changes["scoring"]}
+        ppo.run(built(ppo.Config, config, fields, f"config.policies.{name}"), runs[name], **where, **how)
+    summary = page.write(
+        workdir,
+        sections=[*sections_of_best_of_n(scores), *sections_of_runs(runs)],
+        kl_of_best_of_n=kl_of_best_of_n(scores[FULL], scores["log_prob"]),
+        seed=config["seed"],
+    )
     print(json.dumps(summary["peaks"], indent=1))
+    print_kl(summary["kl_of_best_of_n"])
     print(workdir / page.PAGE)
 
 
-def _built(
-    cls: type, config: Mapping[str, Any], fields: Mapping[str, Any], where: str, proxy: str = ""
+def train_proxies(
+    config: Mapping[str, Any], workdir: pathlib.Path, start: pathlib.Path, how: Mapping[str, Any]
+) -> dict[str, pathlib.Path]:
+    """Every proxy of the config, trained; name -> its run."""
+    narrow = workdir / "sft_narrow"
+    if any(made["narrow"] for made in config["proxies"].values()):
+        sft.run(built(sft.Config, config, config["narrow"], "config.narrow"), narrow, **how)
+    found = {}
+    for name, made in config["proxies"].items():
+        found[name] = workdir / f"reward_{name}"
+        trained = built(
+            reward_model.Config, config, made["reward_model"], f"config.proxies.{name}", pairs=made["pairs"]
+        )
+        origin = narrow if made["narrow"] else start / "sft"
+        reward_model.run(trained, found[name], init_from=str(origin), **how)
+    return found
+
+
+def built(
+    cls: type, config: Mapping[str, Any], fields: Mapping[str, Any], where: str, pairs: int | None = None
 ) -> Any:
     """A stage's config from its part of the lab's; of a proxy, with as many pairs as it may see."""
     data = config["data"]
-    if proxy:
-        if proxy not in config["num_preferences"]:
-            raise InputError(
-                f"config.num_preferences.{proxy} is missing; say how many pairs the proxy is trained on"
-            )
-        data = {**data, "world": {**data["world"], "num_preferences": config["num_preferences"][proxy]}}
+    if pairs is not None:
+        data = {**data, "world": {**data["world"], "num_preferences": pairs}}
     return configs.from_dict(cls, {**fields, "seed": config["seed"], "data": data}, where)
+
+
+def sections_of_best_of_n(scores: Mapping[str, np.ndarray]) -> list[Section]:
+    """By amount of data, up to the labellers' own taste; by size; and of one model or four."""
+    gold = scores["gold"]
+    members = scores["ensemble_8k"]
+    flat = members.reshape(len(members), -1)
+    joined = {
+        "mean": ensembles.mean_score(flat),
+        "worst_case": ensembles.worst_case_score(flat),
+        "mean_minus_variance": ensembles.mean_minus_variance(flat, penalty=0.5),
+    }
+    of = {
+        name: of_best_of_n(scores[name], gold)
+        for name in ("labeller", FULL, "pairs_8k", "pairs_1k", "narrow_8k")
+    }
+    of |= {
+        name: of_best_of_n(np.asarray(values).reshape(gold.shape), gold) for name, values in joined.items()
+    }
+    section = functools.partial(Section, kls=BEST_OF_N_KLS)
+    return [
+        section(
+            key="best_of_n_data",
+            title="Best-of-n by amount of data",
+            courses=pick(of, "labeller", FULL, "pairs_8k", "pairs_1k"),
+        ),
+        section(
+            key="best_of_n_size",
+            title="Best-of-n by size of the proxy",
+            courses=pick(of, "pairs_8k", "narrow_8k"),
+        ),
+        section(
+            key="best_of_n_ensemble",
+            title="Best-of-n by one reward model and by four",
+            courses=pick(of, "pairs_8k", *joined),
+        ),
+    ]
+
+
+def sections_of_runs(runs: Mapping[str, pathlib.Path]) -> list[Section]:
+    """PPO by proxy, by one model or four, and by leash."""
+    of = {name: of_run(path) for name, path in runs.items()}
+    section = functools.partial(Section, kls=RL_KLS)
+    return [
+        section(
+            key="ppo_data",
+            title="PPO without a leash, by proxy",
+            courses={FULL: of["no_leash"], **pick(of, "pairs_8k", "pairs_1k", "narrow_8k")},
+        ),
+        section(
+            key="ppo_ensemble",
+            title="PPO without a leash, by one reward model and by four",
+            courses=pick(of, "pairs_8k", "mean", "worst_case", "mean_minus_variance"),
+        ),
+        section(
+            key="ppo_leash",
+            title="PPO with and without a leash",
+            courses={
+                "pairs_8k": of["pairs_8k"],
+                "pairs_8k, beta 0.1": of["weak_leash"],
+                "pairs_8k, beta 0.3": of["strong_leash"],
+                f"{FULL}, beta 0.3": of["leash"],
+            },
+        ),
+    ]
+
+
+def pick(courses: Mapping[str, Measured], *names: str) -> dict[str, Measured]:
+    return {name: courses[name] for name in names}
+
+
+def powers_of_two(most: int) -> list[int]:
+    """2, 4, 8, ... up to ``most``."""
+    return [2**k for k in range(1, int(math.log2(most)) + 1)]
 
 
 def of_best_of_n(proxy: np.ndarray, gold: np.ndarray) -> Measured:
     """Gains of best-of-n at powers of two from 2 to N, of `NUM_SETS` sets of prompts; arrays are [P, N]."""
-    ns = [2**k for k in range(1, int(math.log2(proxy.shape[1])) + 1)]
+    ns = powers_of_two(proxy.shape[1])
     found = estimators.measurements(proxy, gold, ns, num_sets=min(NUM_SETS, len(proxy)))
     return Measured(
         distance=found.distance, proxy=found.proxy, gold=found.gold, clusters=found.clusters, fits="best_of_n"
     )
 
 
+def kl_of_best_of_n(proxy: np.ndarray, log_prob: np.ndarray) -> list[dict[str, float]]:
+    """The KL of best-of-n beside log n - (n-1)/n, with the standard error over prompts, up to n = N / 8."""
+    rows = []
+    for n in powers_of_two(proxy.shape[1] // 8):
+        found = estimators.sampled_kl(proxy, log_prob, n)
+        error = float(found.std(ddof=1) / math.sqrt(len(found)))
+        rows.append({"n": n, "bound": best_of_n_kl(n), "measured": float(found.mean()), "error": error})
+    return rows
+
+
+def print_kl(rows: list[dict[str, float]]) -> None:
+    print("KL of best-of-n, nats:\n" + f"{'n':>6}{'log n - (n-1)/n':>18}{'measured':>10}{'error':>8}")
+    for row in rows:
+        print(f"{row['n']:>6}{row['bound']:18.3f}{row['measured']:10.3f}{row['error']:8.3f}")
+
+
 def of_run(path: pathlib.Path) -> Measured:
     """Gains of a run at its evaluations over what it started from."""
-    rows: Sequence[Mapping[str, float]] = [
-        row for row in read_metrics(path / "metrics.jsonl") if "eval/gold" in row
-    ]
+    rows = [row for row in read_metrics(path / "metrics.jsonl") if "eval/gold" in row]
     if len(rows) < 2:
-        raise InputError(f"{path} has {len(rows)} evaluations with a gold reward; give a finished quickstart")
+        raise InputError(
+            f"{path} has {len(rows)} evaluations with a gold reward; give a finished quickstart, or set "
+            "config.ppo.schedule.eval_every"
+        )
     values = {name: np.array([row[f"eval/{name}"] for row in rows]) for name in ("kl", "proxy", "gold")}
     return Measured(
         distance=np.sqrt(np.maximum(values["kl"][1:], 0.0)),

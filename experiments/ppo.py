@@ -1,4 +1,4 @@
-"""PPO against a learned reward, on a per-token KL leash to the SFT policy.
+"""PPO against a reward, on a per-token KL leash to the SFT policy.
 
     python -m experiments.ppo --workdir=runs/ppo --init_from=runs/sft --reward_from=runs/reward_model
 
@@ -6,6 +6,9 @@ Without the leash:
 
     python -m experiments.ppo --workdir=runs/ppo_no_leash --init_from=runs/sft --reward_from=runs/reward_model \\
         --config.beta=0.0
+
+Against a process reward model, paid as steps end: --config.reward=process --config.credit=step; without any model:
+--config.reward=answer or sentiment.
 """
 
 from absl import flags
@@ -22,9 +25,9 @@ INIT_FROM = launch.define_init_from(
 )
 REWARD_FROM = flags.DEFINE_string(
     "reward_from",
-    None,
-    "Run directory of the reward model: the frozen reward, and the initial value model.",
-    required=True,
+    "",
+    "Run directory of the reward model, the frozen reward and the initial value model, where --config.reward is "
+    "'model'; of a process reward model where it is 'process'.",
 )
 PARALLELISM = launch.define_parallelism()
 MESH = launch.define_mesh()

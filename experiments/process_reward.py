@@ -1,9 +1,12 @@
 """A process reward model from solutions whose steps are judged, and GRPO against it.
 
-    python -m experiments.process_reward --workdir=runs/arithmetic/process --init_from=runs/arithmetic/sft
+    python -m experiments.process_reward --workdir=runs/arithmetic/process_plain --init_from=runs/arithmetic/sft \\
+        --config.data.arithmetic.spoiled_rate=0.0
+    python -m experiments.process_reward --workdir=runs/arithmetic/process --init_from=runs/arithmetic/process_plain \\
+        --config.schedule.num_steps=1500 --config.optimizer.learning_rate=0.003
     python -m experiments.grpo --config=experiments/configs/arithmetic.py --workdir=runs/arithmetic/grpo_steps \\
         --init_from=runs/arithmetic/sft --reward_from=runs/arithmetic/process \\
-        --config.reward=process --config.credit=step
+        --config.reward=process --config.credit=step --config.answer_weight=1.0
 
 Files in the formats of PRM800K, Math-Shepherd and TRL: --config.data.path=<file> --config.step_mark=$'\\n'
 """

@@ -274,8 +274,22 @@ def is_finished(workdir: pathlib.Path) -> bool:
     return (handoff_path(workdir) / "handoff.json").exists()
 
 
+# Where a hand-off keeps what was trained beside a base, where that is all that was.
+ADAPTER = "adapter"
+
+
+def has_adapter(handoff: pathlib.Path) -> bool:
+    """Whether the run of this hand-off trained an adapter."""
+    return (handoff / ADAPTER).exists()
+
+
 def save_handoff(
-    workdir: pathlib.Path, handoff: Handoff, params: Any, save_tokenizer: Callable[[pathlib.Path], None]
+    workdir: pathlib.Path,
+    handoff: Handoff,
+    params: Any,
+    save_tokenizer: Callable[[pathlib.Path], None],
+    *,
+    adapter: Any = None,
 ) -> pathlib.Path:
     """Writes ``workdir/handoff`` aside and renames it into place; returns its path.
 
@@ -299,6 +313,8 @@ def save_handoff(
         hosts.decided_by_main(begin)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(aside / "params", params)
+            if adapter is not None:
+                checkpointer.save(aside / ADAPTER, adapter)
             checkpointer.wait_until_finished()
         hosts.decided_by_main(finish)
     except (OSError, ValueError) as error:
@@ -338,15 +354,18 @@ def load_handoff(workdir: str | pathlib.Path) -> tuple[Handoff, pathlib.Path]:
 
 
 def restore_params(
-    path: pathlib.Path, sharding: jax.sharding.Sharding | Callable[[Any], Any] | None = None
+    path: pathlib.Path,
+    sharding: jax.sharding.Sharding | Callable[[Any], Any] | None = None,
+    *,
+    name: str = "params",
 ) -> Any:
-    """The params of a hand-off, read straight onto ``sharding`` (default: the first device).
+    """The params of a hand-off (or with ``name`` its adapter), read onto ``sharding`` (default: the first device).
 
     ``sharding``: one for all of them, or a function from the tree of their shapes to a tree of shardings.
     """
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(path / "params").item_metadata.tree
+        metadata = checkpointer.metadata(path / name).item_metadata.tree
         one_for_all = isinstance(sharding, jax.sharding.Sharding)
         shardings = jax.tree.map(lambda _: sharding, metadata) if one_for_all else sharding(metadata)
         abstract = jax.tree.map(
@@ -354,7 +373,7 @@ def restore_params(
             metadata,
             shardings,
         )
-        return checkpointer.restore(path / "params", abstract)
+        return checkpointer.restore(path / name, abstract)
 
 
 def _digests(directory: pathlib.Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.stages import dpo, evaluate, grpo, inputs, online_dpo, ppo, rejection, reward_model, sft
+from rlhf_jax.stages.adapters import LoraOptions
 from rlhf_jax.stages.preference_objectives import PreferenceLoss
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig
@@ -37,6 +38,7 @@ READERS = {
     SamplingConfig: ("sampling/generate.py", "sampling/logits.py"),
     ModelConfig: ("models",),
     LoraConfig: ("models/lora.py",),
+    LoraOptions: ("stages/adapters.py",),
 }
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +33,17 @@ class Measured:
     gold: np.ndarray
     clusters: np.ndarray | None
     fits: Literal["best_of_n", "rl"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+    """Courses that are drawn together, under a title. key: names its picture and its part of the JSON. kls: where gold
+    is given as a number, nats."""
+
+    key: str
+    title: str
+    courses: Mapping[str, Measured]
+    kls: tuple[float, ...]
 
 
 def fit(measured: Measured, *, seed: int) -> fits.Fit | None:
@@ -74,38 +85,57 @@ def summarize(measured: Measured, fitted: fits.Fit | None, kls: tuple[float, ...
 
 
 def write(
-    workdir: pathlib.Path, *, best_of_n: Mapping[str, Measured], rl: Mapping[str, Measured], seed: int
+    workdir: pathlib.Path,
+    *,
+    sections: Sequence[Section],
+    kl_of_best_of_n: Sequence[Mapping[str, float]],
+    seed: int,
 ) -> dict[str, Any]:
     """Fits, draws and writes everything into ``workdir``; returns what the JSON holds.
 
     Args:
       workdir: a directory that is there.
-      best_of_n: name of the proxy -> measurements; drawn together.
-      rl: the same for trained policies.
+      sections: what is drawn; their keys differ.
+      kl_of_best_of_n: rows of n, bound, measured and its standard error, nats.
       seed: of the bootstrap.
     """
-    kinds = {
-        "best_of_n": ("Best-of-n by each proxy", best_of_n, (0.5, 1.0, 2.0, 4.0, 5.9), fits.best_of_n_gold),
-        "rl": ("PPO without a leash, by proxy", rl, (2.0, 5.0, 10.0, 20.0, 40.0), fits.rl_gold),
-    }
-    summary: dict[str, Any] = {"peaks": {}}
+    forms = {"best_of_n": fits.best_of_n_gold, "rl": fits.rl_gold}
+    summary: dict[str, Any] = {"peaks": {}, "courses": {}, "kl_of_best_of_n": list(kl_of_best_of_n)}
     parts = []
-    for kind, (title, courses, kls, form) in kinds.items():
-        fitted = {name: fit(measured, seed=seed) for name, measured in courses.items()}
-        summary[kind] = {name: summarize(courses[name], fitted[name], kls) for name in courses}
-        summary["peaks"][kind] = {name: _peak(summary[kind][name]) for name in courses}
-        drawn = {name: _course(courses[name], fitted[name], form) for name in courses}
-        figure = drawing.overoptimization_figure(drawn, style.looks(courses))
+    for section in sections:
+        fitted = {name: fit(measured, seed=seed) for name, measured in section.courses.items()}
+        found = {
+            name: summarize(measured, fitted[name], section.kls) for name, measured in section.courses.items()
+        }
+        summary["courses"][section.key] = found
+        summary["peaks"][section.key] = {name: _peak(values) for name, values in found.items()}
+        drawn = {
+            name: _course(measured, fitted[name], forms[measured.fits])
+            for name, measured in section.courses.items()
+        }
+        figure = drawing.overoptimization_figure(drawn, style.looks(drawn))
         with style.settings():
-            path = workdir / f"overoptimization_{kind}.png"
+            path = workdir / f"overoptimization_{section.key}.png"
             figure.savefig(path, dpi=144, facecolor="white", metadata={"Software": None})
         caption = "Marks: gold measured; line: fitted curve, its peak ringed; dashed: the proxy."
-        picture = html.figure(figure, name=kind.replace("_", "-"), title=title, caption=caption)
-        parts.append(html.section(kind, title, picture, _table(summary[kind], kls)))
+        picture = html.figure(
+            figure, name=section.key.replace("_", "-"), title=section.title, caption=caption
+        )
+        parts.append(html.section(section.key, section.title, picture, _table(found, section.kls)))
+    title = "KL of best-of-n, measured and log n - (n-1)/n"
+    parts.append(html.section("kl", title, _kl_table(kl_of_best_of_n)))
     (workdir / SUMMARY).write_text(json.dumps(_finite(summary), indent=1))
     header = "<header><h1>Over-optimisation: gold against distance</h1></header>"
     (workdir / PAGE).write_text(html.page("Over-optimisation", "\n".join([header, *parts])), encoding="utf-8")
     return summary
+
+
+def _kl_table(rows: Sequence[Mapping[str, float]]) -> str:
+    cells = [
+        [html.text(f"{row['n']:g}"), *(html.number(row[name]) for name in ("bound", "measured", "error"))]
+        for row in rows
+    ]
+    return html.table([html.text(cell) for cell in ("n", "bound", "measured", "standard error")], cells)
 
 
 def _course(measured: Measured, fitted: fits.Fit | None, form: Any) -> drawing.Course:

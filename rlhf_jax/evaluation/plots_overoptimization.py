@@ -1,4 +1,4 @@
-"""The figure of the over-optimisation lab: proxy and gold against sqrt(KL), with the fitted curve and its peak.
+"""Rewards against sqrt(KL): proxy and gold with the fitted curve and its peak, or one reward where there is no gold.
 
 Imports the other plots, overoptimization and errors.
 """
@@ -39,7 +39,8 @@ class Course:
 
 
 def overoptimization_figure(courses: Mapping[str, Course], looks: Mapping[str, Look]) -> Figure:
-    """Gold as marks with its fitted curve, the proxy dashed; the peak ringed, with a bar for its 95% interval.
+    """Gold as marks with its fitted curve, the proxy dashed in the same colour; the peak ringed, with a bar for its
+    95% interval.
 
     Args:
       courses: name -> course; at least one, each with at least one measurement.
@@ -50,7 +51,7 @@ def overoptimization_figure(courses: Mapping[str, Course], looks: Mapping[str, L
     """
     if not courses:
         raise InputError("no courses were given to draw: give at least one")
-    figure, axes = style.new_figure(560, 380)
+    figure, axes = style.new_figure(560, 360 + 22 * len(courses))
     for name, course in courses.items():
         lengths = {
             len(values) for values in (course.distance, course.gold, course.proxy) if values is not None
@@ -66,7 +67,35 @@ def overoptimization_figure(courses: Mapping[str, Course], looks: Mapping[str, L
     axes.set_ylabel("reward gained")
     for name, course in courses.items():
         _peak(axes, course, looks[name])
-    axes.legend(fontsize=12, labelcolor=INK, frameon=False)
+    # Below the axes: whatever the curves do, nothing is hidden.
+    figure.legend(loc="outside lower left", fontsize=12, labelcolor=INK, frameon=False)
+    return figure
+
+
+def reward_figure(
+    courses: Mapping[str, tuple[Sequence[float], Sequence[float]]], looks: Mapping[str, Look], *, label: str
+) -> Figure:
+    """One reward against sqrt(KL) where there is no gold: name -> (distance, reward) in the order of training.
+
+    Raises:
+      InputError: nothing to draw, or series of different lengths.
+    """
+    if not courses:
+        raise InputError("no courses were given to draw: give at least one")
+    figure, axes = style.new_figure(560, 360 + 22 * len(courses))
+    for name, (distance, reward) in courses.items():
+        if len(distance) != len(reward) or not len(distance):
+            raise InputError(
+                f"{name} has {len(distance)} distances and {len(reward)} rewards: give one of each, at least one"
+            )
+        look = looks[name]
+        axes.plot(distance, reward, color=look.color, marker=look.marker, markersize=8, linewidth=1.8,
+                  markeredgecolor=PAPER, label=look.label)  # fmt: skip
+    axes.margins(x=0.06, y=0.14)
+    axes.set_xlim(left=0)
+    plots._kl_axis(axes)
+    axes.set_ylabel(label)
+    figure.legend(loc="outside lower left", fontsize=12, labelcolor=INK, frameon=False)
     return figure
 
 
@@ -80,7 +109,7 @@ def _course(axes: Axes, course: Course, look: Look) -> None:
         axes.plot(at, course.curve(at), color=look.color, linewidth=2.2)
     if course.proxy is not None:
         axes.plot(distance, np.asarray(course.proxy, np.float64)[order], color=look.color, linewidth=1.6,
-                  linestyle=(0, (4, 3)), label=f"{look.label}: proxy")  # fmt: skip
+                  linestyle=(0, (4, 3)))  # fmt: skip
 
 
 def _peak(axes: Axes, course: Course, look: Look) -> None:

@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlhf_jax.models import decoder, heads
+from rlhf_jax.models import decoder, heads, lora
 from rlhf_jax.models.config import ModelConfig
 
 # Logical axis -> axes of the mesh that split it. Parameters: along their width over fsdp (Rajbhandari et al. 2020,
@@ -87,7 +87,8 @@ def parameter_sharding(mesh: Mesh, config: ModelConfig, params: Any) -> Any:
     Args:
       mesh: has the axes of the table.
       config: of the model.
-      params: arrays or their shapes: ``decoder`` and, where there is one, ``head``. Axes in front of those that the
+      params: arrays or their shapes: ``decoder`` or ``adapter`` and, where there is one, ``head``; or a
+        tree of such. Axes in front of those that the
         model names (the members of an ensemble) stay whole.
     """
     return jax.tree_util.tree_map_with_path(
@@ -148,9 +149,9 @@ def _spec(mesh: Mesh, config: ModelConfig, path: tuple, leaf: Any) -> tuple[Part
 
 
 def _logical_names(config: ModelConfig, path: tuple) -> tuple[str, ...]:
-    """The names of a parameter's axes, by its path from ``decoder`` or ``head`` on."""
+    """The names of a parameter's axes, by its path from ``decoder``, ``adapter`` or ``head`` on."""
     keys = [key.key for key in path]
-    start = next(index for index, key in enumerate(keys) if key in ("decoder", "head"))
+    start = next(index for index, key in enumerate(keys) if key in ("decoder", "adapter", "head"))
     node: Any = _axes(config)
     for key in keys[start:]:
         node = node[key]
@@ -159,7 +160,9 @@ def _logical_names(config: ModelConfig, path: tuple) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=8)
 def _axes(config: ModelConfig) -> Any:
-    return {**decoder.logical_axes(config), "head": heads.scalar_head_axes()}
+    targets = tuple(name for name in lora.TARGETS if name in decoder.layer_axes(config))
+    adapter = lora.adapter_axes(config, lora.LoraConfig(rank=1, alpha=1.0, targets=targets))
+    return {**decoder.logical_axes(config), "adapter": adapter, "head": heads.scalar_head_axes()}
 
 
 def _name(path: tuple) -> str:

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from rlhf_jax.data import batches
+from rlhf_jax.data import batches, world
 from rlhf_jax.errors import InputError, check_range
+from rlhf_jax.evaluation import policies
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.stages import inputs, rollouts
@@ -28,7 +29,7 @@ SCORES = "scores.npz"
 class Config:
     """One set of samples.
 
-    num_prompts: held-out prompts. responses_per_prompt: N. scoring: how the members of an ensemble become one proxy.
+    num_prompts: held-out prompts. responses_per_prompt: N.
     """
 
     seed: int = 0
@@ -37,7 +38,6 @@ class Config:
     responses_per_prompt: int = 1024
     batch_size: int = 256
     temperature: float = 1.0
-    scoring: rollouts.Scoring = dataclasses.field(default_factory=rollouts.Scoring)
 
     def __post_init__(self) -> None:
         check_range(self, "num_prompts", "responses_per_prompt", "batch_size", at_least=1)
@@ -67,14 +67,17 @@ def run(
       stop: looked at between batches.
 
     Returns:
-      "gold" and each proxy's name -> [P, N] float32.
+      "gold", "labeller" (what those who labelled the pairs believe a response is worth: the proxy of endless data), and
+      "log_prob" (nats, under the policy) -> [P, N] float32; each proxy's name -> the same, or [E, P, N] of an ensemble.
 
     Raises:
       InputError: no gold reward, as for files, or a reward model that does not fit the policy.
       Interrupted: stopped on request; nothing half-done is kept.
     """
-    if "gold" in rewards_from:
-        raise InputError("a proxy is called 'gold', which is what it is held against; call it something else")
+    for taken in sorted({"gold", "labeller", "log_prob"} & set(rewards_from)):
+        raise InputError(
+            f"a proxy is called {taken!r}, which is a name of the scores' own; call it something else"
+        )
     where = {"policy_from": policy_from, **rewards_from}
     run_ = open_run(workdir, "best_of_n", config, inputs=where, parallelism="jit", mesh=mesh, stop=stop)
     path = run_.workdir / SCORES
@@ -83,17 +86,25 @@ def run(
             return dict(found)
     meshes.check_rows(run_.mesh, config.batch_size, "config.batch_size")
     model = load_model(policy_from, run_)
-    gold = rollouts.gold_reward(config.data, model.tokenizer)
-    if gold is None:
+    if config.data.path or config.data.embedded != "reviews":
         raise InputError(
-            "--config.data.path gives rows whose gold reward nobody knows; leave it empty, for what is embedded"
+            "--config.data gives rows whose gold reward and labellers nobody knows; leave its path empty, and "
+            "embedded at 'reviews'"
         )
-    rewards = {"gold": gold}
+    rewards = {
+        "gold": rollouts.gold_reward(config.data, model.tokenizer),
+        "labeller": policies.text_reward(
+            model.tokenizer,
+            lambda row, response, ended: world.utility(config.data.world, row.prompt, response),
+        ),
+        "log_prob": lambda rollout, rows: rollout.log_probs.sum(axis=1),
+    }
     for name, origin in rewards_from.items():
         reward = load_model(origin, run_)
         check_same_family(model, reward)
         check_scores(reward)
-        rewards[name] = rollouts.model_reward(reward, config.scoring).of_rows
+        scored = rollouts.model_reward(reward, rollouts.Scoring())
+        rewards[name] = scored.of_rows if scored.of_members is None else _of_members(scored)
     prompts, _ = batches.encode_prompts(
         inputs.load_prompts(config.data).held_out[: config.num_prompts],
         model.tokenizer,
@@ -113,10 +124,16 @@ def run(
         rollout = sample(params, batch, jax.random.fold_in(key, number), 0)
         asked = [rows.rows[i].row for i in batch["index"]]
         for name, reward in rewards.items():
-            found[name].append(np.asarray(reward(rollout, asked), np.float32)[real])
+            found[name].append(np.asarray(reward(rollout, asked), np.float32)[..., real])
     shape = (config.responses_per_prompt, len(prompts))
-    scores = {name: np.concatenate(parts).reshape(shape).T for name, parts in found.items()}
+    scores = {name: np.concatenate(parts, axis=-1) for name, parts in found.items()}
+    scores = {name: np.swapaxes(x.reshape(*x.shape[:-1], *shape), -1, -2) for name, x in scores.items()}
     partial = path.with_name("partial.npz")
     np.savez(partial, **scores)
     os.replace(partial, path)
     return scores
+
+
+def _of_members(scored: rollouts.Reward) -> policies.RowReward:
+    """The scores of each member, [E, B]."""
+    return lambda rollout, rows: scored.of_members(rollout)

@@ -57,6 +57,11 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         if not math.isfinite(value):
             raise InputError(f"{name} is {value}; it must be a finite number")
         return float(value)
+    if origin is tuple:
+        of = typing.get_args(hint)[0]
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            raise InputError(f"{name} is {value!r}; it must be a list, as in --{name}=\"('query','value')\"")
+        return tuple(_convert(of, item, name) for item in value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise InputError(f"{name} is {value!r}; it must be of type {hint.__name__}")
     return value

@@ -20,7 +20,7 @@ from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.stages import inputs
+from rlhf_jax.stages import adapters, inputs
 from rlhf_jax.stages.preference_objectives import (
     PreferenceLoss,
     make_pair_objective,
@@ -44,7 +44,8 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 class Config:
     """One run on pairs.
 
-    loss: which loss, and its numbers. batches: how rows become batches.
+    loss: which loss, and its numbers. batches: how rows become batches. lora: whether an adapter is trained; the
+    reference is then the base itself.
     """
 
     seed: int = 0
@@ -55,6 +56,7 @@ class Config:
     num_microbatches: int = 1
     batches: inputs.BatchConfig = dataclasses.field(default_factory=inputs.BatchConfig)
     loss: PreferenceLoss = dataclasses.field(default_factory=PreferenceLoss)
+    lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
 
     def __post_init__(self) -> None:
         check_range(self, "batch_size", "num_microbatches", at_least=1)
@@ -126,13 +128,14 @@ def run(
 
     params = {"decoder": model.params["decoder"]}
     # The train step donates its params; the reference must keep buffers of its own.
-    frozen = {"reference": jax.tree.map(jnp.copy, params)}
+    frozen = {"reference": params if config.lora.rank else jax.tree.map(jnp.copy, params)}
     evaluate = make_evaluator(model.config, held_out, config, frozen["reference"], run_)
     unpaired = config.loss.kind == "kto"
     make_objective = make_unpaired_objective if unpaired else make_pair_objective
-    params = train(
+    trained = train(
         run_,
         config,
+        model=model.config,
         objective=make_objective(model.config, config.loss),
         prepare=make_unpair(model.config, config.loss) if unpaired else None,
         params=params,
@@ -146,4 +149,5 @@ def run(
         evaluate=evaluate,
         shown=("loss", "accuracy", "margin", "reward_chosen", "reward_rejected"),
     )
-    leave_handoff(run_, config, model, params, made_from=[init_from], facts=dict(evaluate(params)))
+    facts = dict(evaluate(trained.params))
+    leave_handoff(run_, config, model, trained, made_from=[init_from], facts=facts)

@@ -23,7 +23,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import process, reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import inputs, online, rollouts
+from rlhf_jax.stages import adapters, inputs, online, rollouts
 from rlhf_jax.training.forward import response_log_probs
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -38,19 +38,21 @@ class Config:
     batch_size: rollouts an iteration, ``group_size`` to a prompt. num_epochs, num_minibatches: passes over them, and
     updates a pass. num_microbatches: parts of one update, for memory. reward: what is optimised: "model", a reward
     model, or "process", one of steps (``--reward_from``), or "answer", 1 where the response's final number is the
-    prompt's answer and 0 elsewhere. scoring: how the scores of an ensemble, or of steps, become one. credit: who gets
-    it: the whole "response", or each "step" of a process reward model, and what was written before its end.
-    baseline: what a reward is held against: the mean of its group, of the others of its group, or of the batch.
-    scale_advantages: whether they are divided by the standard deviation (of the group, or of the batch).
-    ratio: one importance ratio a token, or one a sequence. clip_low, clip_high: it stays in [1 - low, 1 + high].
-    reduction: how token losses become one number; see ``masking``. beta: KL penalty per nat. kl_in: where it is
-    charged: "reward", the k1 estimate of the whole response before the baseline; "loss", k3 a token (its gradient is
-    the forward KL's), or "loss_k2", k2 a token (its gradient is the reverse KL's). missing_eos_score: replaces the
-    reward of a response that never ended; None keeps it. early_stop_kl: an iteration's updates end once
-    KL(old || new) per token exceeds it; 0 never. rounds: up to so many times the prompts are sampled until every
-    group has a spread (DAPO); 1 takes groups as they come. temperature: of sampling, and of every log-prob.
-    stop_when: what ends the run before its schedule.
-    num_eval_prompts: held-out prompts sampled at every evaluation; eval_responses_per_prompt: responses to each.
+    prompt's answer and 0 elsewhere, or "sentiment", how happy it sounds (``rewards.sentiment``). scoring: how the
+    scores of an ensemble, or of steps, become one. answer_weight: so many times what "answer" gives are added to the
+    reward of a model or a process, at the last step where steps get credit; 0: none. credit: who gets it: the whole
+    "response", or each "step" of a process reward model, and what was written before its end. baseline: what a reward
+    is held against: the mean of its group, of the others of its group, or of the batch. scale_advantages: whether they
+    are divided by the standard deviation (of the group, or of the batch). ratio: one importance ratio a token, or one
+    a sequence. clip_low, clip_high: it stays in [1 - low, 1 + high]. reduction: how token losses become one number;
+    see ``masking``. beta: KL penalty per nat. kl_in: where it is charged: "reward", the k1 estimate of the whole
+    response before the baseline; "loss", k3 a token (its gradient is the forward KL's), or "loss_k2", k2 a token (its
+    gradient is the reverse KL's). missing_eos_score: replaces the reward of a response that never ended; None keeps
+    it. early_stop_kl: an iteration's updates end once KL(old || new) per token exceeds it; 0 never. rounds: up to so
+    many times the prompts are sampled until every group has a spread (DAPO); 1 takes groups as they come. temperature:
+    of sampling, and of every log-prob. stop_when: what ends the run before its schedule. lora: whether the
+    policy is an adapter on the reference. num_eval_prompts: held-out prompts sampled at every evaluation;
+    eval_responses_per_prompt: responses to each.
 
     GRPO is the default. RLOO: baseline "leave_one_out", scale_advantages False, kl_in "reward", reduction
     "sequence_mean_of_token_sums". REINFORCE: the same with baseline "batch". Dr. GRPO: scale_advantages False,
@@ -69,6 +71,7 @@ class Config:
     num_microbatches: int = 1
     reward: rollouts.RewardKind = "model"
     scoring: rollouts.Scoring = dataclasses.field(default_factory=rollouts.Scoring)
+    answer_weight: float = 0.0
     credit: Literal["response", "step"] = "response"
     baseline: Literal["group", "leave_one_out", "batch"] = "group"
     scale_advantages: bool = True
@@ -85,6 +88,7 @@ class Config:
     rounds: int = 1
     temperature: float = 1.0
     stop_when: rollouts.StopWhen = dataclasses.field(default_factory=rollouts.StopWhen)
+    lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
 
@@ -229,6 +233,7 @@ def make_method(model: ModelConfig, config: Config) -> online.Method:
         objective=make_objective(model, config),
         group_size=config.group_size,
         rounds=config.rounds,
+        missing_eos_score=config.missing_eos_score,
         beta=config.beta,
         early_stop_kl=config.early_stop_kl,
         by_steps=config.credit == "step",

@@ -15,9 +15,10 @@ from rlhf_jax.data import batches
 from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import count, mean_of, merge
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.stages import rollouts
+from rlhf_jax.stages import adapters, rollouts
 from rlhf_jax.stages.run_directory import (
     Model,
     Progress,
@@ -51,11 +52,11 @@ class Method:
     prepare: ``prepare(params, reference, scored, beta) -> (batch, metrics)``, all that an update holds constant; "kl"
     among the metrics is the mean KL of a response to the reference, in nats. objective: see ``training.step``.
     policy_of: the policy among the trained params. group_size: responses a prompt; rows are groups one after another.
-    rounds: see ``rollouts.make_collect``. beta: the KL penalty to start with. next_beta: ``next_beta(beta, observed
-    kl)``; None keeps it. early_stop_kl: an iteration's updates end once the metric ``approx_kl``, nats a token, is
-    above; 0 never.
-    by_steps: whether ``prepare`` reads the scores of steps, which a process reward model alone has.
-    frozen_of: ``frozen_of(params, reference)`` at the start of an iteration: what the objective reads beside params.
+    rounds, missing_eos_score: see ``rollouts.make_collect``. beta: the KL penalty to start with. next_beta:
+    ``next_beta(beta, observed kl)``; None keeps it. early_stop_kl: an iteration's updates end once the metric
+    ``approx_kl``, nats a token, is above; 0 never. by_steps: whether ``prepare`` reads the scores of steps, which a
+    process reward model alone has. frozen_of: ``frozen_of(params, reference)`` at the start of an iteration: what the
+    objective reads beside params.
     """
 
     prepare: Callable[[Any, Any, ScoredRollout, jax.Array], tuple[Any, dict]]
@@ -63,6 +64,7 @@ class Method:
     policy_of: Callable[[Any], Any] = lambda params: params
     group_size: int = 1
     rounds: int = 1
+    missing_eos_score: float | None = None
     beta: float = 0.0
     next_beta: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     early_stop_kl: float = 0.0
@@ -178,10 +180,10 @@ def train(
     Args:
       run: the open run.
       config: the stage's config; ``seed``, ``data``, ``optimizer``, ``schedule``, ``batch_size``, ``num_epochs``,
-        ``num_minibatches``, ``num_microbatches``, ``stop_when`` and ``sampling`` are read.
+        ``num_minibatches``, ``num_microbatches``, ``stop_when``, ``lora`` and ``sampling`` are read.
       method: see ``Method``.
       model: the start, which is also the frozen reference.
-      params: what is trained; copied, because an update donates its own.
+      params: what is trained (with ``config.lora``, by adapters); copied, because an update donates its own.
       encoded: training prompts.
       held_out: prompts of every evaluation.
       reward: what is optimised.
@@ -194,6 +196,11 @@ def train(
     evaluate = sharding.within(
         run.mesh, rollouts.make_evaluate(run, config, model, held_out, reward=reward, gold=gold)
     )
+    settings = config.lora.settings
+    if settings is not None:
+        params = adapters.detach(model.config, params, settings, run.key(config.seed, Purpose.ADAPTER))
+        params = jax.device_put(params, sharding.parameter_sharding(run.mesh, model.config, params))
+        method = _adapted(method, {"decoder": model.params["decoder"]}, settings)
     optimizer = make_optimizer(
         config.optimizer, config.schedule.num_steps * config.num_epochs * config.num_minibatches
     )
@@ -210,9 +217,12 @@ def train(
         collect=rollouts.make_collect(
             rollouts.make_rollout(run, model, config.sampling),
             sharding.within(run.mesh, rollouts.of_prompts(reward.of_rows, encoded)),
-            step_scores=sharding.within(run.mesh, reward.of_steps) if method.by_steps else None,
+            step_scores=sharding.within(run.mesh, rollouts.of_prompts(reward.of_steps, encoded))
+            if method.by_steps
+            else None,
             group_size=method.group_size,
             rounds=method.rounds,
+            missing_eos_score=method.missing_eos_score,
         ),
         prepare=sharding.within(run.mesh, jax.jit(method.prepare)),
         train_step=meshes.compile_step(
@@ -254,6 +264,25 @@ def train(
         )
     finally:
         progress.close()
+
+
+def _adapted(method: Method, base: Any, settings: LoraConfig) -> Method:
+    """A method on whole parameters as one on adapters, whose base is also the frozen reference."""
+
+    def prepare(trained: Any, reference: Any, scored: ScoredRollout, beta: jax.Array):
+        return method.prepare(adapters.attach(trained, reference, settings), reference, scored, beta)
+
+    def frozen_of(trained: Any, reference: Any):
+        own = method.frozen_of(adapters.attach(trained, reference, settings), reference)
+        return {"base": reference, "own": own}
+
+    return dataclasses.replace(
+        method,
+        prepare=prepare,
+        objective=adapters.adapted(method.objective, settings),
+        policy_of=lambda trained: method.policy_of(adapters.attach(trained, base, settings)),
+        frozen_of=frozen_of,
+    )
 
 
 def run(
@@ -308,7 +337,8 @@ def run(
         held_out=held_out,
         reward=rollouts.load_reward(config, reward_from, run_, model, encoded),
     )
-    leave_handoff(run_, config, model, state.train.params, made_from=list(where.values()), facts={})
+    trained = adapters.result(state.train.params, model.params, config.lora.settings)
+    leave_handoff(run_, config, model, trained, made_from=list(where.values()), facts={})
 
 
 def check_split(config: Any, mesh: jax.sharding.Mesh, *, group_size: int) -> None:

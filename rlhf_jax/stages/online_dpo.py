@@ -21,7 +21,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import inputs, online, rollouts
+from rlhf_jax.stages import adapters, inputs, online, rollouts
 from rlhf_jax.stages.preference_objectives import PreferenceLoss, make_pair_objective
 from rlhf_jax.training.forward import response_log_probs
 from rlhf_jax.training.interrupt import StopRequest
@@ -35,11 +35,12 @@ class Config:
     """One run; ``schedule`` counts iterations (one batch of rollouts each).
 
     batch_size: rollouts an iteration, ``group_size`` to a prompt, which give one pair. num_epochs, num_minibatches:
-    passes over the pairs, and updates a pass. num_microbatches: parts of one update. reward, scoring: what labels, see
-    ``stages.grpo``. loss: which loss on pairs, any but KTO; its temperature is that of sampling too. reference: "start"
-    is the SFT policy throughout, "iteration" the policy that sampled. stop_when: what ends the run before its schedule.
-    missing_eos_score: replaces the reward of a response that never ended; None keeps it. num_eval_prompts: held-out
-    prompts sampled at every evaluation; eval_responses_per_prompt: responses to each.
+    passes over the pairs, and updates a pass. num_microbatches: parts of one update. reward, scoring,
+    answer_weight: what labels, see ``stages.grpo``. loss: which loss on pairs, any but KTO; its temperature is that of
+    sampling too. reference: "start" is the SFT policy throughout, "iteration" the policy that sampled. stop_when: what
+    ends the run before its schedule. lora: whether the policy is an adapter on the reference. missing_eos_score:
+    replaces the reward of a response that never ended; None keeps it. num_eval_prompts: held-out prompts sampled at
+    every evaluation; eval_responses_per_prompt: responses to each.
     """
 
     seed: int = 0
@@ -53,10 +54,12 @@ class Config:
     num_microbatches: int = 1
     reward: rollouts.RewardKind = "model"
     scoring: rollouts.Scoring = dataclasses.field(default_factory=rollouts.Scoring)
+    answer_weight: float = 0.0
     loss: PreferenceLoss = dataclasses.field(default_factory=PreferenceLoss)
     reference: Literal["start", "iteration"] = "start"
     missing_eos_score: float | None = None
     stop_when: rollouts.StopWhen = dataclasses.field(default_factory=rollouts.StopWhen)
+    lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
 

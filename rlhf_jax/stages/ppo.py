@@ -1,9 +1,10 @@
-"""PPO against a learned reward, on a per-token KL leash to the SFT policy. A stage; imports all below.
+"""PPO against a reward, on a per-token KL leash to the SFT policy. A stage; imports all below.
 
-One iteration: sample a response to each prompt; score it with the frozen reward model; charge beta * log(pi /
+One iteration: sample a response to each prompt; score it, most often with a frozen reward model; charge beta * log(pi /
 pi_ref) at every token (Ziegler et al. 2019, equation 2); estimate advantages with GAE from a value model; take
 a few epochs of clipped-surrogate updates (Schulman et al. 2017, equation 7). Four roles: policy and value are
-trained, reference (the SFT policy) and reward are frozen. The value model starts as a copy of the reward model.
+trained, reference (the SFT policy) and reward are frozen. The value model starts as a copy of the reward model,
+where there is one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +21,14 @@ from rlhf_jax import losses, masking
 from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.masking import WeightedSum
 from rlhf_jax.metrics import Maximum, mean_of
+from rlhf_jax.models import heads
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.rewards import reward_model
+from rlhf_jax.parallel import sharding
+from rlhf_jax.rewards import process, reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import inputs, online, rollouts
-from rlhf_jax.stages.run_directory import (
-    check_context,
-    check_same_family,
-    check_scores,
-    leave_handoff,
-    load_model,
-    open_run,
-)
+from rlhf_jax.stages import adapters, inputs, online, rollouts
+from rlhf_jax.stages.run_directory import Model, Run, leave_handoff, load_model, open_run
 from rlhf_jax.training.forward import response_log_probs, response_values
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -45,8 +41,11 @@ class Config:
     """One PPO run; ``schedule`` counts iterations (one batch of rollouts each).
 
     batch_size: rollouts an iteration. num_epochs, num_minibatches: passes over them, and updates a pass.
-    num_microbatches: parts of one update, for memory. scoring: how the scores of an ensemble become one (``steps`` is
-    not read); the value model starts from its first member. beta: KL penalty per nat; 0 cuts the leash.
+    num_microbatches: parts of one update, for memory. reward, scoring, answer_weight: what is optimised, see
+    ``stages.grpo``; the value model starts from a reward model of responses (of an ensemble the first member), else
+    from the policy, with a head that answers 0. credit: when it is paid: at the end of the whole "response", or each
+    "step" of a process reward model what it added to the score of the one before (``rewards.process.step_gains``), and
+    for an answer at the end of the last. beta: KL penalty per nat; 0 cuts the leash.
     adaptive_kl_target: the KL (nats a response) that beta is steered to; 0 keeps beta fixed.
     adaptive_kl_horizon: rollouts over which it adapts. gamma, lam: discount and trace decay of GAE. clip_low,
     clip_high: the ratio stays in [1 - low, 1 + high]. value_clip: the same for values, in reward units.
@@ -55,6 +54,7 @@ class Config:
     iteration's updates end once KL(old || new) per token exceeds it; 0 never. temperature: of sampling, and of every
     log-prob; nothing is truncated, so that samples come from the very policy that is scored. stop_when: what ends the
     run before its schedule. num_eval_prompts:
+    lora: whether policy and value model are adapters on the one base, which reference and reward model share.
     held-out prompts sampled at every evaluation. eval_responses_per_prompt: responses to each of them; more than
     one where prompts are few.
     """
@@ -67,7 +67,10 @@ class Config:
     num_epochs: int = 4
     num_minibatches: int = 1
     num_microbatches: int = 1
+    reward: rollouts.RewardKind = "model"
     scoring: rollouts.Scoring = dataclasses.field(default_factory=rollouts.Scoring)
+    answer_weight: float = 0.0
+    credit: Literal["response", "step"] = "response"
     beta: float = 0.05
     adaptive_kl_target: float = 0.0
     adaptive_kl_horizon: int = 10_000
@@ -82,6 +85,7 @@ class Config:
     early_stop_kl: float = 0.0
     temperature: float = 1.0
     stop_when: rollouts.StopWhen = dataclasses.field(default_factory=rollouts.StopWhen)
+    lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
 
@@ -92,6 +96,12 @@ class Config:
         check_range(self, "gamma", "lam", "clip_low", at_least=0, at_most=1)
         check_range(self, "value_coefficient", at_least=0)
         check_range(self, "value_clip", above=0)
+        if self.credit == "step":
+            for name, value in {"reward": "process", "missing_eos_score": None}.items():
+                if getattr(self, name) != value:
+                    raise InputError(
+                        f"config.{name} is {getattr(self, name)!r}, with which credit=step does not go; give {value!r}"
+                    )
         if self.adaptive_kl_target and not self.beta:
             raise InputError(
                 "config.beta is 0, which adaptive_kl_target cannot steer; start from a beta above 0"
@@ -163,7 +173,11 @@ def make_prepare(model: ModelConfig, value_model: ModelConfig, config: Config):
         values = response_values(value_model, params["value"], rollout)
         scores = reward_model.replace_unfinished(scored.scores, rollout.terminated, config.missing_eos_score)
         kl = losses.kl_k1(log_probs, ref_log_probs)
-        rewards = losses.kl_penalized_rewards(scores, kl, mask, beta=beta)
+        if config.credit == "step":
+            gains = process.step_gains(scored.step_scores, scored.step_mask)
+            rewards = losses.kl_penalized_rewards(jnp.zeros_like(scores), kl, mask, beta=beta) + gains
+        else:
+            rewards = losses.kl_penalized_rewards(scores, kl, mask, beta=beta)
         advantages, returns = losses.generalized_advantage_estimation(
             rewards, values, mask, gamma=config.gamma, lam=config.lam
         )
@@ -200,6 +214,7 @@ def make_method(model: ModelConfig, value_model: ModelConfig, config: Config) ->
         beta=config.beta,
         next_beta=functools.partial(_adapt, config) if config.adaptive_kl_target else None,
         early_stop_kl=config.early_stop_kl,
+        by_steps=config.credit == "step",
     )
 
 
@@ -208,7 +223,7 @@ def run(
     workdir: str | os.PathLike,
     *,
     init_from: str,
-    reward_from: str,
+    reward_from: str = "",
     parallelism: meshes.Parallelism = "jit",
     mesh: jax.sharding.Mesh | None = None,
     stop: StopRequest,
@@ -219,7 +234,7 @@ def run(
       config: see ``Config``.
       workdir: the run's directory.
       init_from: the SFT run (or a Hugging Face directory): initial policy, and the frozen reference.
-      reward_from: the reward-model run: frozen reward, and initial value model.
+      reward_from: the run of a reward model, or of a process reward model, where ``config.reward`` is one.
       parallelism: how the update runs; sampling and scoring are always ``jit`` over the mesh.
       mesh: see ``parallel.mesh``; None puts all devices on its data axis.
       stop: looked at between iterations.
@@ -228,14 +243,11 @@ def run(
       InputError: anything the user gave that cannot be used, before any training.
       Interrupted: stopped on request, after saving.
     """
-    where = {"init_from": init_from, "reward_from": reward_from}
+    where = {"init_from": init_from} | ({"reward_from": reward_from} if reward_from else {})
     run_ = open_run(workdir, "ppo", config, inputs=where, parallelism=parallelism, mesh=mesh, stop=stop)
     if run_.finished:
         return
-    model, reward = load_model(init_from, run_), load_model(reward_from, run_)
-    check_same_family(model, reward)
-    check_scores(reward)
-    check_context(reward, config.data.prompt_length + config.data.response_length)
+    model = load_model(init_from, run_)
     encoded, held_out = rollouts.encode_prompts(
         run_,
         config.data,
@@ -243,29 +255,54 @@ def run(
         num_eval_prompts=config.num_eval_prompts,
         responses_per_prompt=config.eval_responses_per_prompt,
     )
-    value, offset = rollouts.first_member(reward)
-    value_head = {"kernel": value["head"]["kernel"], "bias": value["head"]["bias"] - offset}
+    reward = rollouts.load_reward(config, reward_from, run_, model, encoded)
+    value_config, value = _initial_value(config, reward, run_, model)
     state = online.train(
         run_,
         config,
-        make_method(model.config, reward.config, config),
+        make_method(model.config, value_config, config),
         model=model,
-        params={
-            "policy": {"decoder": model.params["decoder"]},
-            "value": {"decoder": value["decoder"], "head": value_head},
-        },
+        params={"policy": {"decoder": model.params["decoder"]}, "value": value},
         encoded=encoded,
         held_out=held_out,
-        reward=rollouts.model_reward(reward, config.scoring),
+        reward=reward,
     )
     leave_handoff(
         run_,
         config,
         model,
-        state.train.params["policy"],
-        made_from=[init_from, reward_from],
+        adapters.result(state.train.params["policy"], model.params, config.lora.settings),
+        made_from=list(where.values()),
         facts={"beta": float(state.beta)},
     )
+
+
+def _initial_value(
+    config: Config, reward: rollouts.Reward, run_: Run, model: Model
+) -> tuple[ModelConfig, Any]:
+    """The value model's shape and params: the reward model's, less its offset, or the policy's that answers 0.
+
+    Raises:
+      InputError: adapters, and a reward model that is none on the same base.
+    """
+    source = reward.model
+    if config.reward != "model" or source is None:
+        head = heads.zero_scalar_head(model.config)
+        head = jax.device_put(
+            head, sharding.parameter_sharding(run_.mesh, model.config, {"head": head})["head"]
+        )
+        return model.config, {"decoder": model.params["decoder"], "head": head}
+    if config.lora.rank and source.adapter is None:
+        raise InputError(
+            f"config.lora.rank is {config.lora.rank}, which keeps one base for all four roles, and "
+            f"--reward_from={source.origin} was trained whole; train it from {model.origin} with the same "
+            "--config.lora.*, or give rank 0"
+        )
+    value, offset = rollouts.first_member(source)
+    head = {"kernel": value["head"]["kernel"], "bias": value["head"]["bias"] - offset}
+    if source.adapter is not None:
+        return source.config, {"adapter": source.adapter["adapter"], "head": head}
+    return source.config, {"decoder": value["decoder"], "head": head}
 
 
 def _scaled(term: WeightedSum, factor: float) -> WeightedSum:

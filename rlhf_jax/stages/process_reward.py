@@ -24,7 +24,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import process_model
-from rlhf_jax.stages import inputs
+from rlhf_jax.stages import adapters, inputs
 from rlhf_jax.stages.run_directory import Purpose, Run, leave_handoff, load_model, open_run
 from rlhf_jax.stages.supervised import encode_split, train
 from rlhf_jax.training.interrupt import StopRequest
@@ -37,7 +37,8 @@ from rlhf_jax.types import StepsBatch
 class Config:
     """One process-reward run; ``data.path`` is a file of solutions in labelled steps, ``data.format`` is not read.
 
-    step_mark: what is written between steps. A token that has it ends a step, in training as in what a policy says.
+    lora: whether an adapter and the head are trained. step_mark: what is written between steps. A token that has it
+    ends a step, in training as in what a policy says.
     """
 
     seed: int = 0
@@ -46,6 +47,7 @@ class Config:
     schedule: Schedule = dataclasses.field(default_factory=lambda: Schedule(num_steps=300))
     batch_size: int = 64
     num_microbatches: int = 1
+    lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
     step_mark: str = "\n"
 
     def __post_init__(self) -> None:
@@ -131,9 +133,10 @@ def run(
     def evaluate(params) -> Mapping[str, float]:
         return measure(*score_held_out(params))
 
-    params = train(
+    trained = train(
         run_,
         config,
+        model=model.config,
         objective=make_objective(model.config),
         params=meshes.put(params, sharding.parameter_sharding(run_.mesh, model.config, params)),
         frozen={},
@@ -143,8 +146,8 @@ def run(
         evaluate=evaluate,
         shown=("loss", "accuracy"),
     )
-    facts = {"step_mark": config.step_mark, **evaluate(params)}
-    leave_handoff(run_, config, model, params, made_from=[init_from], facts=facts)
+    facts = {"step_mark": config.step_mark, **evaluate(trained.params)}
+    leave_handoff(run_, config, model, trained, made_from=[init_from], facts=facts)
 
 
 def measure(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

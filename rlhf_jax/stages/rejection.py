@@ -24,7 +24,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import inputs, online, rollouts
+from rlhf_jax.stages import adapters, inputs, online, rollouts
 from rlhf_jax.training.forward import response_log_probs
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -37,12 +37,14 @@ class Config:
     """One run; ``schedule`` counts iterations (one batch of rollouts each).
 
     batch_size: rollouts an iteration, ``group_size`` to a prompt. num_epochs, num_minibatches: passes over them, and
-    updates a pass. num_microbatches: parts of one update. reward, scoring: see ``stages.grpo``. kind: "best" imitates
-    the best of each group (RFT); "advantage" weighs by exp of the reward beyond the group's mean (AWR); "reward" by exp
-    of the reward (RWR); "distribution" by the importance of the leashed optimum (GDC). min_score: with "best", a
-    response below it is not imitated even if it is the best; None imitates them all. weight_temperature: divides
-    rewards before exp, the leash's beta; max_weight: the largest weight. stop_when: what ends the run before its
-    schedule. missing_eos_score: replaces the reward of a response that never ended; None keeps it. temperature: of
+    updates a pass. num_microbatches: parts of one update. reward, scoring, answer_weight: see ``stages.grpo``. kind:
+    "best" imitates the best of each group (RFT); "advantage" weighs by exp of the reward beyond the group's mean
+    (AWR); "reward" by exp of the reward (RWR); "distribution" by the importance of the leashed optimum (GDC).
+    min_score: with "best", a response below it is not imitated even if it is the best; None imitates them all.
+    weight_temperature: divides rewards before exp, the leash's beta; max_weight: the largest weight (the metric
+    "capped" is the share of responses that reach it: at 1 all weigh the same, and nothing is learned but to imitate
+    oneself). stop_when: what ends the run before its schedule. lora: whether the policy is an adapter on the
+    reference. missing_eos_score: replaces the reward of a response that never ended; None keeps it. temperature: of
     sampling, and of every log-prob. num_eval_prompts: held-out prompts sampled at every evaluation;
     eval_responses_per_prompt: responses to each.
     """
@@ -58,6 +60,7 @@ class Config:
     num_microbatches: int = 1
     reward: rollouts.RewardKind = "model"
     scoring: rollouts.Scoring = dataclasses.field(default_factory=rollouts.Scoring)
+    answer_weight: float = 0.0
     kind: Literal["best", "advantage", "reward", "distribution"] = "best"
     min_score: float | None = None
     weight_temperature: float = 1.0
@@ -65,6 +68,7 @@ class Config:
     missing_eos_score: float | None = None
     temperature: float = 1.0
     stop_when: rollouts.StopWhen = dataclasses.field(default_factory=rollouts.StopWhen)
+    lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
 
@@ -106,6 +110,13 @@ def row_scores(
     # Z of the target under the samples, so that weights average 1 whatever the scale of the rewards.
     log_z = jax.nn.logsumexp(log_weights - log_probs) - math.log(scores.shape[0])
     return log_weights - log_z
+
+
+def uncapped_log_weights(batch: ScoredBatch, config: Config) -> jax.Array:
+    """The logarithm of what each response weighs before ``max_weight`` caps it, [B] float32."""
+    if config.kind == "distribution":
+        return batch.scores - batch.behaviour_log_probs
+    return batch.scores / config.weight_temperature
 
 
 def make_objective(model: ModelConfig, config: Config):
@@ -157,6 +168,8 @@ def make_prepare(model: ModelConfig, config: Config):
         metrics = {"score": mean_of(scores), "kl": mean_of(sums - ref_sums)}
         if config.kind == "best":
             metrics["kept"] = mean_of(batch.scores)
+        else:
+            metrics["capped"] = mean_of(uncapped_log_weights(batch, config) >= math.log(config.max_weight))
         return batch, metrics
 
     return prepare

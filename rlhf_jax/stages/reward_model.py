@@ -30,7 +30,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import ensembles, reward_model
-from rlhf_jax.stages import inputs
+from rlhf_jax.stages import adapters, inputs
 from rlhf_jax.stages.run_directory import (
     Purpose,
     Run,
@@ -54,8 +54,9 @@ class Config:
     """One reward-model run.
 
     members: reward models trained side by side from the one start, each on ``batch_size`` pairs a step of its own.
-    Gradients are clipped together. margin, label_smoothing, centering: see ``losses.bradley_terry_loss``. batches: how
-    rows become batches.
+    Gradients are clipped together. lora: whether an adapter and the head are trained.
+    margin, label_smoothing, centering: see ``losses.bradley_terry_loss``. batches: how rows
+    become batches.
     """
 
     seed: int = 0
@@ -66,12 +67,18 @@ class Config:
     num_microbatches: int = 1
     batches: inputs.BatchConfig = dataclasses.field(default_factory=inputs.BatchConfig)
     members: int = 1
+    lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
     margin: float = 0.0
     label_smoothing: float = 0.0
     centering: float = 0.0
 
     def __post_init__(self) -> None:
         check_range(self, "batch_size", "num_microbatches", "members", at_least=1)
+        if self.members > 1 and self.lora.rank:
+            raise InputError(
+                f"lora.rank is {self.lora.rank} and members is {self.members}: adapters are of one model; give rank 0, "
+                "or members=1"
+            )
         if self.members > 1 and self.optimizer.weight_decay:
             raise InputError(
                 f"config.optimizer.weight_decay is {self.optimizer.weight_decay}, which would decay the norm scales of "
@@ -191,9 +198,10 @@ def run(
     def evaluate(params) -> Mapping[str, float]:
         return _agreement(*map(_together, score_held_out(params)))
 
-    params = train(
+    trained = train(
         run_,
         config,
+        model=model.config,
         objective=make_ensemble_objective(model.config, config.members, **loss)
         if is_ensemble
         else make_objective(model.config, **loss),
@@ -208,6 +216,7 @@ def run(
         evaluate=evaluate,
         shown=("loss", "accuracy", "margin"),
     )
+    params = trained.params
     reference = dataclasses.replace(train_rows, rows=train_rows.rows[:NUM_REFERENCE_RESPONSES])
     reference_rewards, _ = make_pair_scorer(model.config, reference, **of)(params)
     offsets = reference_rewards.mean(axis=-1)
@@ -218,7 +227,7 @@ def run(
     chosen, rejected = map(_together, sides)
     facts |= _agreement(chosen, rejected)
     facts |= _compare([encoded.row for encoded in held_out.rows], chosen, rejected, run_)
-    leave_handoff(run_, config, model, params, made_from=[init_from], facts=facts)
+    leave_handoff(run_, config, model, trained, made_from=[init_from], facts=facts)
 
 
 def _together(scores: np.ndarray) -> np.ndarray:

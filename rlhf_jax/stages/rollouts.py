@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -19,7 +19,7 @@ from rlhf_jax.evaluation.policies import RowReward
 from rlhf_jax.metrics import mean_of
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.rewards import ensembles, process, process_model, verifiers
+from rlhf_jax.rewards import ensembles, objectives, process, process_model, reward_model, sentiment, verifiers
 from rlhf_jax.sampling.generate import SamplingConfig, generate
 from rlhf_jax.stages import inputs
 from rlhf_jax.stages.run_directory import (
@@ -29,7 +29,7 @@ from rlhf_jax.stages.run_directory import (
     check_context,
     check_same_family,
     check_scores,
-    load_model,
+    load_beside,
     write_data_report,
 )
 from rlhf_jax.types import Rollout, ScoredRollout
@@ -65,20 +65,24 @@ def make_collect(
     rollout: Callable[..., Rollout],
     reward: Callable[[Rollout, np.ndarray], Any],
     *,
-    step_scores: Callable[[Rollout], tuple[jax.Array, jax.Array]] | None = None,
+    step_scores: Callable[[Rollout, np.ndarray], tuple[jax.Array, jax.Array]] | None = None,
     group_size: int = 1,
     rounds: int = 1,
+    missing_eos_score: float | None = None,
 ) -> Collect:
     """Samples ``group_size`` responses to each prompt and scores them, one group after another along the rows.
 
     Args:
       rollout: see ``make_rollout``.
       reward: ``reward(rollout, index of each row's prompt) -> [B]``: what is optimised.
-      step_scores: what each step is worth and where steps end, for methods that give credit by steps.
+      step_scores: of the same arguments, what each step is worth and where steps end, for methods that give credit by
+        steps.
       group_size: responses a prompt.
       rounds: with more than one, a batch holds that many times the prompts: groups whose rewards are all equal are
         sampled anew from further prompts until all groups have a spread or the prompts run out (DAPO's dynamic
         sampling, Yu et al. 2025, section 3.2). Groups without spread fill what is then still missing.
+      missing_eos_score: what the method will put in place of the score of a response that never ended; the spread that
+        counts is the one after that. Scores are handed on as they are.
     """
 
     def collect(params, prompts, key, step):
@@ -90,11 +94,12 @@ def make_collect(
             repeated = {name: np.repeat(x[part], group_size, axis=0) for name, x in prompts.items()}
             sampled = rollout(params, repeated, jax.random.fold_in(key, number), step)
             scores = jnp.asarray(reward(sampled, repeated["index"]))
-            steps, ends = (None, None) if step_scores is None else step_scores(sampled)
+            steps, ends = (None, None) if step_scores is None else step_scores(sampled, repeated["index"])
             found.append(ScoredRollout(rollout=sampled, scores=scores, step_scores=steps, step_mask=ends))
             if rounds == 1:
                 return found[0], repeated["index"], {}
-            groups = hosts.fetch(scores).reshape(-1, group_size)
+            learned_from = reward_model.replace_unfinished(scores, sampled.terminated, missing_eos_score)
+            groups = hosts.fetch(learned_from).reshape(-1, group_size)
             spread.append((groups != groups[:, :1]).any(axis=1))
             if sum(kept.sum() for kept in spread) >= count_of_prompts:
                 break
@@ -159,7 +164,7 @@ class StopWhen:
         return too_far or (self.alarm and found["eval/alarm"] > 0)
 
 
-RewardKind = Literal["model", "answer", "process"]
+RewardKind = Literal["model", "answer", "process", "sentiment"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,21 +187,24 @@ class Scoring:
 class Reward:
     """What a stage optimises.
 
-    of_rows: one number a response. of_steps: of a process reward model ``of_steps(rollout) -> (scores [B, R] float32 at
-    the tokens that end steps, where they end [B, R])``; None for every other reward. of_members: of an ensemble, the
-    scores of each member [E, B]; None for every other reward.
+    of_rows: one number a response. of_steps: of a process reward model ``of_steps(rollout, data rows) -> (scores [B, R]
+    float32 at the tokens that end steps, where they end [B, R])``; None for every other reward. of_members: of an
+    ensemble, the scores of each member [E, B]; None for every other reward. model: the reward model of responses, where
+    it is one.
     """
 
     of_rows: RowReward
-    of_steps: Callable[[Rollout], tuple[jax.Array, jax.Array]] | None = None
+    of_steps: Callable[[Rollout, Sequence[Any]], tuple[jax.Array, jax.Array]] | None = None
     of_members: Callable[[Rollout], jax.Array] | None = None
+    model: Model | None = None
 
 
 def model_reward(reward: Model, scoring: Scoring) -> Reward:
     """The frozen reward model of a run, or an ensemble, its scores shifted by the offset that the run stored."""
     if "ensemble_offsets" not in reward.facts:
         offset = float(reward.facts["reward_offset"])
-        return Reward(of_rows=policies.model_reward(reward.config, reward.params, offset))
+        of_rows = policies.model_reward(reward.config, reward.params, offset)
+        return Reward(of_rows=of_rows, model=reward)
     aggregate = {
         "mean": ensembles.mean_score,
         "worst_case": ensembles.worst_case_score,
@@ -215,6 +223,7 @@ def model_reward(reward: Model, scoring: Scoring) -> Reward:
     return Reward(
         of_rows=lambda rollout, rows: of_rows(reward.params, rollout),
         of_members=lambda rollout: of_members(reward.params, rollout),
+        model=reward,
     )
 
 
@@ -246,30 +255,70 @@ def process_reward(reward: Model, scoring: Scoring) -> Reward:
 
     return Reward(
         of_rows=lambda rollout, rows: of_rows(reward.params, rollout),
-        of_steps=lambda rollout: of_steps(reward.params, rollout),
+        of_steps=lambda rollout, rows: of_steps(reward.params, rollout),
     )
 
 
+def with_answer(reward: Reward, answer: RowReward, weight: float) -> Reward:
+    """``reward`` plus ``weight`` times ``answer``, which is one number a response; of steps the last one gets it.
+
+    What judges steps alone can be pleased by a good step and an early end; the answer cannot.
+    """
+
+    def of_rows(rollout: Rollout, rows: Sequence[Any]) -> jax.Array:
+        scores = jnp.stack([jnp.asarray(part(rollout, rows)) for part in (reward.of_rows, answer)])
+        return objectives.weighted_sum(scores, jnp.array([1.0, weight]))
+
+    def of_steps(rollout: Rollout, rows: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+        scores, ends = reward.of_steps(rollout, rows)
+        last = ends & (jnp.cumsum(ends[:, ::-1], axis=1)[:, ::-1] == 1)
+        return scores + jnp.where(last, weight * jnp.asarray(answer(rollout, rows))[:, None], 0.0), ends
+
+    return dataclasses.replace(reward, of_rows=of_rows, of_steps=of_steps if reward.of_steps else None)
+
+
 def load_reward(config: Any, reward_from: str, run: Run, model: Model, encoded: Any) -> Reward:
-    """What a stage optimises, by ``config.reward`` ("model", "answer", "process") and ``config.scoring``.
+    """What a stage optimises, by ``config.reward``, ``config.scoring`` and ``config.answer_weight``.
 
     Raises:
       InputError: no reward model where one is needed, one of another kind or tokenizer, or prompts without answers.
     """
-    if config.reward == "answer":
+    if config.reward in ("answer", "sentiment") and reward_from:
+        raise InputError(
+            f"--reward_from={reward_from} is given, which config.reward={config.reward} does not read; leave one out"
+        )
+    if config.reward == "answer" and config.answer_weight:
+        raise InputError(
+            f"config.answer_weight is {config.answer_weight}, which config.reward=answer does not read: the answer is "
+            "all of that reward; give 0, or another config.reward"
+        )
+    if config.reward == "answer" or config.answer_weight:
         missing = next((row.row.source for row in encoded.rows if not row.row.answer), None)
         if missing is not None:
+            needs = "reward=answer" if config.reward == "answer" else f"answer_weight={config.answer_weight}"
             raise InputError(
-                f"{missing} has no answer, which config.reward=answer needs; give rows with one, or config.reward=model"
+                f"{missing} has no answer, which config.{needs} needs; give rows with one, or config.reward=model "
+                "and config.answer_weight=0"
             )
+    if config.reward == "answer":
         return Reward(of_rows=_answer_reward(model.tokenizer))
+    if config.reward == "sentiment":
+        reward = Reward(of_rows=sentiment_reward(model.tokenizer))
+    else:
+        reward = _load_model_reward(config, reward_from, run, model)
+    if not config.answer_weight:
+        return reward
+    return with_answer(reward, _answer_reward(model.tokenizer), config.answer_weight)
+
+
+def _load_model_reward(config: Any, reward_from: str, run: Run, model: Model) -> Reward:
     is_process = config.reward == "process"
     if not reward_from:
         stage = "process_reward" if is_process else "reward_model"
         raise InputError(
             f"config.reward is {config.reward!r}, which needs --reward_from=<run of experiments.{stage}>"
         )
-    reward = load_model(reward_from, run)
+    reward = load_beside(reward_from, run, model, config.lora)
     check_same_family(model, reward)
     check_scores(reward, steps=is_process)
     check_context(reward, config.data.prompt_length + config.data.response_length)
@@ -281,6 +330,13 @@ def load_reward(config: Any, reward_from: str, run: Run, model: Model, encoded: 
 def _answer_reward(tokenizer: Any) -> RowReward:
     return policies.text_reward(
         tokenizer, lambda row, response, ended: float(verifiers.gsm8k_reward([response], [row.answer])[0])
+    )
+
+
+def sentiment_reward(tokenizer: Any) -> RowReward:
+    """How happy a response sounds (``rewards.sentiment``)."""
+    return policies.text_reward(
+        tokenizer, lambda row, response, ended: float(sentiment.sentiment_reward([response])[0])
     )
 
 

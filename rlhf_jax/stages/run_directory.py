@@ -27,6 +27,7 @@ from rlhf_jax.models import decoder, huggingface
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.stages import adapters
 from rlhf_jax.stages.config import differences
 from rlhf_jax.training.interrupt import StopRequest
 
@@ -41,6 +42,7 @@ class Purpose(enum.IntEnum):
     SHUFFLE = 4
     DATA = 5
     ALARM = 6
+    ADAPTER = 7
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,13 +80,17 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model as a stage starts from it: shape, params (with a ``head`` where it has one), tokenizer, origin."""
+    """A model as a stage starts from it: shape, params (with a ``head`` where it has one), tokenizer, origin.
+
+    adapter: of one that is an adapter on another's params, what was trained (see ``stages.adapters``); else None.
+    """
 
     config: ModelConfig
     params: Any
     tokenizer: Any
     origin: str
     facts: Mapping[str, Any]
+    adapter: Any = None
 
     @property
     def fingerprint(self) -> str:
@@ -117,6 +123,7 @@ def open_run(
         "config": dataclasses.asdict(config),
         "inputs": {name: _identity(path) for name, path in inputs.items()},
     }
+    description = json.loads(json.dumps(description))  # tuples as the file will have them
     hosts.decided_by_main(functools.partial(_enter, workdir, description))
     return Run(workdir=workdir, stage=stage, mesh=mesh, parallelism=parallelism, stop=stop)
 
@@ -236,6 +243,46 @@ def load_handoff_model(path: str | os.PathLike, mesh: jax.sharding.Mesh | None =
     )
 
 
+def load_beside(path: str, run: Run, base: Model, options: adapters.LoraOptions) -> Model:
+    """A model as an adapter on ``base``, whose arrays it shares, where it was made as one; else one of its own.
+
+    Args:
+      path: see ``load_model``.
+      run: gives the mesh.
+      base: what the run starts from.
+      options: the run's; with rank 0 nothing is shared.
+
+    Raises:
+      InputError: see ``load_model``; or an adapter on another base, or of another size or place.
+    """
+    if not options.rank or not _is_run(pathlib.Path(path)):
+        return load_model(path, run)
+    handoff, location = checkpoints.load_handoff(path)
+    if not checkpoints.has_adapter(location):
+        return load_model(path, run)
+    if handoff.facts["base"] != _identity(base.origin):
+        raise InputError(
+            f"{path} is an adapter on {handoff.facts['base']['path']}, and this run's base is {base.origin}; start "
+            "both from the same, or give lora.rank 0"
+        )
+    found = differences(handoff.config["lora"], json.loads(json.dumps(dataclasses.asdict(options))))
+    if found:
+        raise InputError(
+            f"the adapter of {path} is another than this run's (config.lora: {'; '.join(found)})"
+        )
+    config = ModelConfig.from_dict(handoff.model)
+    places = functools.partial(place, run.mesh, config)
+    adapter = checkpoints.restore_params(location, places, name=checkpoints.ADAPTER)
+    return Model(
+        config=config,
+        params=adapters.attach(adapter, base.params, options.settings),
+        tokenizer=base.tokenizer,
+        origin=str(path),
+        facts=handoff.facts,
+        adapter=adapter,
+    )
+
+
 def _is_run(directory: pathlib.Path) -> bool:
     """Whether a directory was written by a run, finished or not."""
     if any((directory / name).exists() for name in _RESULTS):
@@ -295,9 +342,23 @@ def check_context(model: Model, needed: int) -> None:
 
 
 def leave_handoff(
-    run: Run, config: Any, model: Model, params: Any, *, made_from: Sequence[str], facts: Mapping
+    run: Run,
+    config: Any,
+    model: Model,
+    trained: adapters.Trained,
+    *,
+    made_from: Sequence[str],
+    facts: Mapping,
 ) -> None:
-    """Marks the run finished by leaving its params, tokenizer and description."""
+    """Marks the run finished by leaving its params, tokenizer and description.
+
+    An adapter is left twice: merged into the params, which any stage and ``export`` take, and by itself, for stages
+    that keep one base (``load_beside``).
+    """
+    params = trained.params
+    if trained.adapter is not None:
+        params = adapters.merge(trained.adapter, model.params, config.lora.settings)
+        facts = {**facts, "base": _identity(model.origin)}
     checkpoints.save_handoff(
         run.workdir,
         checkpoints.Handoff(
@@ -311,6 +372,7 @@ def leave_handoff(
         ),
         params,
         lambda path: tokenizers.save_tokenizer(model.tokenizer, path),
+        adapter=trained.adapter,
     )
 
 

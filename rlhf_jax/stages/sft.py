@@ -22,7 +22,7 @@ from rlhf_jax.models import decoder
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
-from rlhf_jax.stages import inputs
+from rlhf_jax.stages import adapters, inputs
 from rlhf_jax.stages.run_directory import (
     Model,
     Purpose,
@@ -65,7 +65,7 @@ class Config:
 
     batches: how rows become batches. pack: several short demonstrations to a row of prompt_length + response_length
     columns, none of which sees another; ``batch_size`` counts such rows. The loss is that of the same demonstrations
-    unpacked.
+    unpacked. lora: whether an adapter on ``model`` is trained, not all of it.
     """
 
     seed: int = 0
@@ -77,9 +77,15 @@ class Config:
     num_microbatches: int = 1
     batches: inputs.BatchConfig = dataclasses.field(default_factory=inputs.BatchConfig)
     pack: bool = False
+    lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
 
     def __post_init__(self) -> None:
         check_range(self, "batch_size", "num_microbatches", at_least=1)
+        if self.lora.rank and not self.model.path:
+            raise InputError(
+                f"lora.rank is {self.lora.rank} and model.path is empty: an adapter on fresh weights learns no "
+                "language; give a model.path, or rank 0"
+            )
         if self.pack and self.batches.num_buckets > 1:
             raise InputError(
                 f"pack is True with batches.num_buckets={self.batches.num_buckets}; packed rows are of one width, so "
@@ -169,9 +175,10 @@ def run(
     train_rows, held_out = encode_split(run_, config.data, model, split, batches.encode_demonstrations)
 
     evaluate = make_evaluator(model.config, held_out, config.batch_size, run_)
-    params = train(
+    trained = train(
         run_,
         config,
+        model=model.config,
         objective=make_objective(model.config),
         params=model.params,
         frozen={},
@@ -185,5 +192,5 @@ def run(
         evaluate=evaluate,
         shown=("nll", "grad_norm"),
     )
-    facts = {"eval_perplexity": math.exp(evaluate(params)["eval/nll"])}
-    leave_handoff(run_, config, model, params, made_from=[config.model.path or "fresh weights"], facts=facts)
+    facts = {"eval_perplexity": math.exp(evaluate(trained.params)["eval/nll"])}
+    leave_handoff(run_, config, model, trained, made_from=[config.model.path or "fresh weights"], facts=facts)

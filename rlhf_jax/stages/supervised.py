@@ -9,9 +9,10 @@ import jax
 
 from rlhf_jax.data.pipeline import BatchIterator
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
-from rlhf_jax.stages import inputs
+from rlhf_jax.stages import adapters, inputs
 from rlhf_jax.stages.run_directory import Model, Progress, Purpose, Run, check_context, write_data_report
 from rlhf_jax.training.loop import fit
 from rlhf_jax.training.optimizer import make_optimizer
@@ -44,6 +45,7 @@ def train(
     run: Run,
     config: Any,
     *,
+    model: ModelConfig,
     objective: Objective,
     params: Any,
     frozen: Any,
@@ -51,12 +53,14 @@ def train(
     evaluate: Callable[[Any], Mapping[str, float]],
     shown: Sequence[str],
     prepare: Callable[[Any, Any, Any], Any] | None = None,
-) -> Any:
-    """Trains ``params`` on the batches of ``iterator`` and returns them.
+) -> adapters.Trained:
+    """Trains ``params``, or with ``config.lora`` an adapter on them, on the batches of ``iterator``.
 
     Args:
       run: the open run.
-      config: the stage's config; ``seed``, ``optimizer``, ``schedule``, ``batch_size``, ``num_microbatches`` are read.
+      config: the stage's config; ``seed``, ``optimizer``, ``schedule``, ``batch_size``, ``num_microbatches``, ``lora``
+        are read.
+      model: its shape.
       objective: see ``training.step``.
       params: initial parameters, in their place on the run's mesh.
       frozen: parameters that the objective reads and nothing trains.
@@ -73,6 +77,13 @@ def train(
             f"config.batch_size is {config.batch_size}, which does not divide into num_microbatches={parts}"
         )
     meshes.check_rows(run.mesh, config.batch_size // parts, "config.batch_size / num_microbatches")
+    settings, base = config.lora.settings, None
+    if settings is not None:
+        base = {"decoder": params["decoder"]}
+        params = adapters.detach(model, params, settings, run.key(config.seed, Purpose.ADAPTER))
+        params = jax.device_put(params, sharding.parameter_sharding(run.mesh, model, params))
+        objective, frozen = adapters.adapted(objective, settings), {"base": base, "own": frozen}
+        prepare = None if prepare is None else adapters.adapted(prepare, settings)
     optimizer = make_optimizer(config.optimizer, config.schedule.num_steps)
     state = init_train_state(params, optimizer, run.key(config.seed, Purpose.TRAIN))
     places = sharding.mirrored(run.mesh, state, params, jax.tree.map(lambda x: x.sharding, params))
@@ -102,11 +113,11 @@ def train(
             workdir=run.workdir,
             progress=progress,
             stop=run.stop,
-            evaluate=lambda state: evaluate(state.params),
+            evaluate=lambda state: evaluate(adapters.result(state.params, base, settings).params),
             skipped_updates=lambda state: state.skipped,
             sources_of=iterator.sources_of,
         )
     finally:
         progress.close()
         iterator.close()
-    return state.params
+    return adapters.result(state.params, base, settings)

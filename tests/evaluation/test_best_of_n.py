@@ -133,6 +133,25 @@ def test_the_enumerated_distribution_is_that_of_every_draw(n, ties):
     assert best_of_n.enumerated_kl(probabilities, proxy, n) == pytest.approx(kl, abs=1e-12)
 
 
+@pytest.mark.parametrize("concentration", [0.3, 300.0])
+def test_the_kl_from_samples_is_the_enumerated_one(concentration):
+    """A language of 6 responses, or of 4,000, sampled 4,000 times to each of 20 prompts."""
+    rng = np.random.default_rng(4)
+    size = 6 if concentration < 1 else 4000
+    probabilities, proxy = rng.dirichlet(np.full(size, concentration)), rng.normal(size=size)
+    drawn = rng.choice(size, size=(20, 4000), p=probabilities)
+    for n in (1, 2, 8, 64):
+        found = best_of_n.sampled_kl(proxy[drawn], np.log(probabilities)[drawn], n)
+        exact = best_of_n.enumerated_kl(probabilities, proxy, n)
+        error = found.std() / math.sqrt(20)
+        assert found.mean() == pytest.approx(exact, abs=2 * error + 0.012 * exact + 1e-3), n
+        assert error < 0.05, "what is compared is not noise"
+    if size == 4000:
+        assert exact == pytest.approx(best_of_n_kl(64), rel=0.01)
+    with pytest.raises(InputError, match="KL of best of 501 was asked of .* n of at most an eighth"):
+        best_of_n.sampled_kl(proxy[drawn], np.log(probabilities)[drawn], 501)
+
+
 def test_the_bound_is_met_by_many_rare_responses_and_missed_by_few():
     rng = np.random.default_rng(3)
     for n in (2, 16, 1000):

@@ -140,7 +140,8 @@ def test_the_figure_draws_what_it_is_given():
         ),
         "ppo": Course(distance=[0.0, 1.0], gold=[0.0, 1.0]),
     }
-    axes = overoptimization_figure(courses, plots_style.looks(courses)).axes[0]
+    figure = overoptimization_figure(courses, plots_style.looks(courses))
+    (axes,) = figure.axes
     lines = [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines]
     points, curve, proxy, other, interval, ring = lines
     np.testing.assert_allclose(points, [DISTANCE, gold])
@@ -149,8 +150,8 @@ def test_the_figure_draws_what_it_is_given():
     assert curve[0][0] == 0.0 and curve[0][-1] == 4.0 and other == ([0.0, 1.0], [0.0, 1.0])
     np.testing.assert_allclose(interval, [[2.0, 2.0], [2.0, 2.0]])
     np.testing.assert_allclose(ring, [[2.0], [2.0]])
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["Best of n: gold, peak 2.00 at KL 4.0", "Best of n: proxy", "PPO: gold"]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["Best of n: gold, peak 2.00 at KL 4.0", "PPO: gold"]
     np.testing.assert_allclose(
         axes.get_xticks(), np.sqrt([float(t.get_text()) for t in axes.get_xticklabels()])
     )
@@ -160,12 +161,11 @@ def test_a_peak_beyond_the_data_is_not_drawn_and_nothing_is_no_figure():
     distance = np.linspace(0.1, 1.0, 8)
     fit = lab.fit_rl(distance, lab.rl_gold(distance, 2.0, 0.5), seed=0)
     assert not fit.peak_seen
-    axes = overoptimization_figure(
+    figure = overoptimization_figure(
         {"ppo": Course(distance=distance, gold=distance, fit=fit)}, plots_style.looks(["ppo"])
-    ).axes[0]
-    assert len(axes.lines) == 1 and [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "PPO: gold"
-    ]
+    )
+    assert len(figure.axes[0].lines) == 1
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["PPO: gold"]
     with pytest.raises(InputError, match="no courses"):
         overoptimization_figure({}, {})
     with pytest.raises(InputError, match=r"ppo has series of lengths \[1, 2\]"):

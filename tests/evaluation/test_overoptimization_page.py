@@ -1,12 +1,13 @@
 """What the lab leaves: fitted peaks where the data have them, gold at a KL by hand, and files that open."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
 
 from rlhf_jax.evaluation import overoptimization_page as page
-from rlhf_jax.evaluation.overoptimization_page import Measured
+from rlhf_jax.evaluation.overoptimization_page import Measured, Section
 
 
 def measured(alpha, beta, *, rl=False, sets=4):
@@ -39,10 +40,14 @@ def test_gold_at_a_kl_by_hand():
 def test_files_hold_the_peaks_that_the_data_have(tmp_path):
     turning, rising = measured(2.0, 0.5), measured(1.0, 0.01)
     few = Measured(distance=np.ones(2), proxy=np.ones(2), gold=np.ones(2), clusters=None, fits="rl")
+    section = functools.partial(Section, title="A title", kls=(1.0,))
     page.write(
         tmp_path,
-        best_of_n={"turns": turning, "<rises>": rising},
-        rl={"rl": measured(1.0, 0.6, rl=True), "few": few},
+        sections=[
+            section(key="best_of_n", courses={"turns": turning, "<rises>": rising}),
+            section(key="rl", courses={"rl": measured(1.0, 0.6, rl=True), "few": few}),
+        ],
+        kl_of_best_of_n=[{"n": 2, "bound": 0.193, "measured": 0.19, "error": 0.004}],
         seed=0,
     )
     summary = json.loads((tmp_path / page.SUMMARY).read_text())
@@ -52,10 +57,11 @@ def test_files_hold_the_peaks_that_the_data_have(tmp_path):
     ] == pytest.approx(2.0, rel=0.02)
     assert peak["fitted_peak_kl_interval"][0] <= peak["fitted_peak_kl"] <= peak["fitted_peak_kl_interval"][1]
     assert "fitted_peak_kl" not in summary["peaks"]["best_of_n"]["<rises>"], "beyond what was measured"
-    assert summary["rl"]["few"]["fit"] is None
+    assert summary["courses"]["rl"]["few"]["fit"] is None
     assert summary["peaks"]["rl"]["rl"]["fitted_peak_kl"] == pytest.approx(
         np.exp(2 * (1 / 0.6 - 1)), rel=0.05
     )
+    assert summary["kl_of_best_of_n"][0]["measured"] == 0.19
     text = (tmp_path / page.PAGE).read_text()
     assert "&lt;rises&gt;" in text and "<rises>" not in text and text.count("<svg") == 2
     for kind in ("best_of_n", "rl"):

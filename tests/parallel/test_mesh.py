@@ -57,7 +57,7 @@ def test_rows_are_split_and_parameters_are_whole_on_every_device():
     ]
     whole = jax.device_put(np.arange(16), meshes.replicated(mesh))
     assert [shard.data.tolist() for shard in whole.addressable_shards] == [list(range(16))] * 8
-    assert meshes.data_mesh(2).devices.tolist() == jax.devices()[:2]
+    assert meshes.data_mesh(2).devices.ravel().tolist() == jax.devices()[:2]
 
 
 def test_what_cannot_be_laid_out_is_refused():

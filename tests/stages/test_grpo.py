@@ -13,6 +13,7 @@ from rlhf_jax import checkpoints
 from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.stages import grpo, rollouts
+from rlhf_jax.stages.run_directory import load_handoff_model
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig
@@ -109,6 +110,36 @@ def test_dynamic_sampling_goes_on_until_every_group_has_a_spread(scores, kept, r
     assert int(scored.rollout.policy_step) == 7
     assert float(metrics["rounds"].mean()) == rounds
     assert float(metrics["groups_with_spread"].mean()) == spread
+
+
+def test_the_spread_that_counts_is_the_one_after_missing_ends_are_scored():
+    """By hand: prompt 0 scores 1 and 1, but the second response never ended; prompt 1 scores 0 and 1, neither ended."""
+    rollout, reward = make_rollout_of([EQUAL, APART, EQUAL, EQUAL])
+    ended = {0: [True, False], 1: [False, False], 2: [True, True], 3: [True, True]}
+
+    def unfinished(params, prompts, key, step):
+        found = rollout(params, prompts, key, step)
+        terminated = [ended[i][place % 2] for place, i in enumerate(prompts["index"])]
+        return dataclasses.replace(found, terminated=jnp.array(terminated))
+
+    prompts = {
+        "tokens": np.zeros((4, 1), np.int32),
+        "token_mask": np.ones((4, 1), bool),
+        "index": np.arange(4),
+    }
+    for missing, kept in ((-1.0, [0]), (None, [1])):
+        collect = rollouts.make_collect(unfinished, reward, group_size=2, rounds=4, missing_eos_score=missing)
+        scored, index, metrics = collect(None, prompts, jax.random.key(0), 0)
+        assert index.tolist() == kept * 2 and float(metrics["groups_with_spread"].mean()) == 1.0
+        assert scored.scores.tolist() == [reward_of for i in kept for reward_of in (EQUAL, APART)[i]], (
+            "handed on as they are"
+        )
+
+
+def test_grpo_tells_dynamic_sampling_of_its_missing_ends(ladder):
+    config = dataclasses.replace(CONFIG, missing_eos_score=-2.0, rounds=2)
+    method = grpo.make_method(load_handoff_model(ladder.sft).config, config)
+    assert (method.missing_eos_score, method.rounds) == (-2.0, 2)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import pytest
 
 from rlhf_jax import checkpoints
 from rlhf_jax.data import batches
+from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import heads
+from rlhf_jax.models import heads, huggingface
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
 from rlhf_jax.stages import dpo, inputs, ppo, reward_model, rollouts, sft, supervised
@@ -72,13 +73,14 @@ def fixed_rows(stage, ladder, workdir, layout, stop=None):
     return supervised.train(
         run,
         config,
+        model=model.config,
         objective=objective,
         params=params,
         frozen=frozen,
         iterator=cut(rows, batch_size=config.batch_size, seed=run.data_seed(0)),
         evaluate=lambda params: {},
         shown=(),
-    )
+    ).params
 
 
 def distance(expected, found):
@@ -124,13 +126,12 @@ def test_a_run_goes_on_with_another_mesh(ladder, tmp_path):
 
 def test_a_model_is_read_straight_onto_its_mesh(ladder, tmp_path):
     """From a hand-off and from a Hugging Face directory: no device ever holds more than its part."""
-    from rlhf_jax.models import huggingface
-
     run = open_run(tmp_path / "run", "sft", SFT, inputs={}, **how(("fsdp:8", "jit", 1)))
     model = load_model(ladder.sft, run)
     exported = tmp_path / "exported"
-    huggingface.save_pretrained(model.config, jax.device_get(model.params), exported)
-    model.tokenizer.save_pretrained(exported)
+    ids = {"bos_id": 1, "eos_id": tokenizers.eos_id(model.tokenizer), "pad_id": 0}
+    huggingface.save_pretrained(exported, model.config, jax.device_get(model.params), **ids)
+    tokenizers.save_tokenizer(model.tokenizer, exported)
     for params in (model.params, load_model(str(exported), run).params):
         assert params["decoder"]["layers"]["up"].addressable_shards[3].data.shape == (1, 2, 32)
         assert distance(checkpoints.restore_params(pathlib.Path(ladder.sft) / "handoff"), params) == 0

@@ -17,7 +17,7 @@ from rlhf_jax.stages.preference_objectives import PreferenceLoss
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig
-from rlhf_jax.types import Rollout
+from rlhf_jax.types import Rollout, ScoredBatch
 
 from .conftest import SHARED
 
@@ -81,6 +81,25 @@ def test_what_a_row_counts_for_by_hand():
     np.testing.assert_allclose(
         np.exp(row_scores("distribution", weight_temperature=2.0)), expected, rtol=1e-5
     )
+
+
+def test_weights_that_the_cap_makes_equal_are_counted():
+    """By hand: r / T of regressions; log P(y) / q(y) of distribution matching, where rewards are not read again."""
+    batch = ScoredBatch(
+        responses=None, scores=jnp.array([5.0, 7.0]), behaviour_log_probs=jnp.array([3.0, 3.5])
+    )
+    for kind, expected in (("reward", [2.5, 3.5]), ("advantage", [2.5, 3.5]), ("distribution", [2.0, 3.5])):
+        config = dataclasses.replace(REJECTION, kind=kind, weight_temperature=2.0)
+        assert rejection.uncapped_log_weights(batch, config).tolist() == expected
+
+
+@pytest.mark.parametrize("max_weight", [1e-3, 1e9])
+def test_a_run_whose_weights_are_all_capped_says_so(max_weight, ladder, tmp_path):
+    config = dataclasses.replace(
+        REJECTION, kind="reward", max_weight=max_weight, schedule=Schedule(num_steps=1)
+    )
+    rejection.run(config, tmp_path, init_from=ladder.sft, reward_from=ladder.reward_model, stop=STOP)
+    assert rows_of(tmp_path)[-1]["capped"] == (max_weight < 1)
 
 
 @pytest.mark.parametrize("reference", ["start", "iteration"])

@@ -13,17 +13,17 @@ import pytest
 from rlhf_jax import checkpoints
 from rlhf_jax.data import arithmetic, batches
 from rlhf_jax.data.arithmetic import ArithmeticConfig
-from rlhf_jax.data.rows import ProcessSteps
+from rlhf_jax.data.rows import ProcessSteps, Prompt
 from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import read_metrics
-from rlhf_jax.models import decoder
-from rlhf_jax.stages import grpo, inputs, process_reward, rollouts, sft
+from rlhf_jax.models import decoder, heads
+from rlhf_jax.stages import grpo, inputs, ppo, process_reward, rollouts, sft
 from rlhf_jax.stages.inputs import DataConfig
 from rlhf_jax.stages.run_directory import load_handoff_model
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig
-from rlhf_jax.types import Rollout
+from rlhf_jax.types import Rollout, ScoredRollout
 
 from .conftest import SFT, SHARED, StopAfter
 
@@ -187,7 +187,7 @@ def test_steps_of_a_rollout_are_scored_where_they_end(runs):
         for kind in ("minimum", "product", "last")
     }
     rollout = rollout_of(model, texts)
-    scores, ends = map(np.asarray, reward["minimum"].of_steps(rollout))
+    scores, ends = map(np.asarray, reward["minimum"].of_steps(rollout, [None] * 4))
     where = [np.flatnonzero(row).tolist() for row in ends]
     assert where == [[7, 14], [1, 2], [0], [17]]
     assert (scores[~ends] == 0).all()
@@ -206,6 +206,39 @@ def test_steps_of_a_rollout_are_scored_where_they_end(runs):
         np.testing.assert_allclose(found, [of(scores[i][ends[i]].tolist()) for i in range(4)], rtol=1e-5)
 
 
+def test_a_right_answer_is_added_where_the_last_step_ends(runs):
+    """3+4 is 7: the first row is right, the second wrong, the third says nothing, the fourth is cut off."""
+    model = load_handoff_model(runs / "process")
+    rollout = rollout_of(model, ["3+4+0=7;#### 7", "3+4+0=7;#### 8", "", "#### 7;" + "1" * 30])
+    plain = rollouts.process_reward(model, rollouts.Scoring(steps="product"))
+    rows = [Prompt(prompt="3+4=", answer="7", source="a:1")] * 4
+    answer = rollouts._answer_reward(model.tokenizer)
+    right = np.asarray(answer(rollout, rows))
+    assert right.tolist() == [1.0, 0.0, 0.0, 0.0]
+    both = rollouts.with_answer(plain, answer, 0.5)
+    np.testing.assert_allclose(
+        both.of_rows(rollout, rows), plain.of_rows(rollout, rows) + 0.5 * right, rtol=1e-6
+    )
+    before, ends = map(np.asarray, plain.of_steps(rollout, rows))
+    after, same = map(np.asarray, both.of_steps(rollout, rows))
+    np.testing.assert_array_equal(ends, same)
+    expected = before.copy()
+    expected[0, 14] += 0.5  # " 3+4+0=7;#### 7" is 14 tokens, and EOS ends the last step
+    np.testing.assert_allclose(after, expected, rtol=1e-6)
+    of_model = rollouts.with_answer(rollouts.Reward(of_rows=plain.of_rows), answer, 0.5)
+    assert of_model.of_steps is None
+
+
+def test_a_reward_of_answers_has_no_answers_to_add(runs, ladder, tmp_path):
+    with pytest.raises(InputError, match="answer_weight is 1.0, which config.reward=answer does not read"):
+        wrong = dataclasses.replace(GRPO, reward="answer", answer_weight=1.0)
+        grpo.run(wrong, tmp_path / "a", init_from=str(runs / "sft"), stop=STOP)
+    with pytest.raises(InputError, match="has no answer, which config.answer_weight=1.0 needs"):
+        wrong = dataclasses.replace(GRPO, reward="model", answer_weight=1.0, data=SFT.data)
+        where = {"init_from": ladder.sft, "reward_from": ladder.reward_model}
+        grpo.run(wrong, tmp_path / "b", stop=STOP, **where)
+
+
 GRPO = grpo.Config(
     **(SHARED | {"data": DATA, "batch_size": 32}),
     group_size=4,
@@ -215,11 +248,21 @@ GRPO = grpo.Config(
 )
 
 
-@pytest.mark.parametrize("credit", ["response", "step"])
-def test_grpo_raises_what_the_process_reward_model_likes(credit, runs, tmp_path):
+PPO_STEPS = ppo.Config(
+    **(SHARED | {"data": DATA, "schedule": Schedule(num_steps=2, log_every=1)}),
+    num_epochs=1,
+    num_eval_prompts=12,
+    reward="process",
+    credit="step",
+)
+
+
+@pytest.mark.parametrize(("credit", "answer_weight"), [("response", 0.0), ("step", 0.0), ("step", 0.5)])
+def test_grpo_raises_what_the_process_reward_model_likes(credit, answer_weight, runs, tmp_path):
     config = dataclasses.replace(
         GRPO,
         credit=credit,
+        answer_weight=answer_weight,
         schedule=Schedule(num_steps=30),
         optimizer=OptimizerConfig(learning_rate=5e-3, schedule="constant"),
         num_eval_prompts=24,
@@ -230,6 +273,56 @@ def test_grpo_raises_what_the_process_reward_model_likes(credit, runs, tmp_path)
     rows = rows_of(tmp_path)
     assert abs(rows[1]["kl"]) < 1e-5 and rows[1]["approx_kl"] < 1e-9
     assert rows[-1]["eval/proxy"] > rows[0]["eval/proxy"] + 0.02
+
+
+def test_ppo_is_paid_as_steps_end(runs):
+    """With no leash, no critic and no discount, returns are what the steps still to end will add."""
+    model = load_handoff_model(runs / "sft")
+    rollout = rollout_of(model, ["3+4+0=7;#### 7"])
+    score = np.zeros((1, 18), np.float32)
+    score[0, [7, 14]] = 0.75, 0.25
+    scored = ScoredRollout(
+        rollout=rollout, scores=jnp.array([9.0]), step_scores=jnp.asarray(score), step_mask=score > 0
+    )
+    config = dataclasses.replace(PPO_STEPS, beta=0.0, gamma=1.0, lam=1.0)
+    policy = {"decoder": jax.device_get(model.params["decoder"])}
+    value = policy | {"head": heads.zero_scalar_head(model.config)}
+    batch, metrics = jax.jit(ppo.make_prepare(model.config, model.config, config))(
+        {"policy": policy, "value": value}, policy, scored, jnp.float32(0.0)
+    )
+    # Up to column 7 both steps are to come, 0.75 and then 0.25 - 0.75; up to 14 the second; then nothing.
+    np.testing.assert_allclose(batch.returns[0], [0.25] * 8 + [-0.5] * 7 + [0.0] * 3, atol=1e-6)
+    assert float(metrics["score"].mean()) == 9.0
+
+
+@pytest.mark.parametrize("reward", ["process", "sentiment"])
+def test_ppo_takes_rewards_that_are_no_reward_model(reward, runs, ladder, tmp_path):
+    if reward == "process":
+        config = dataclasses.replace(PPO_STEPS, answer_weight=0.5)
+        where = {"init_from": str(runs / "sft"), "reward_from": str(runs / "process")}
+    else:
+        config = dataclasses.replace(PPO_STEPS, reward=reward, credit="response", data=SFT.data)
+        where = {"init_from": ladder.sft}
+    ppo.run(config, tmp_path, stop=STOP, **where)
+    rows = rows_of(tmp_path)
+    assert abs(rows[1]["kl"]) < 1e-5 and rows[-1]["eval/kl"] > 1e-4
+    # The critic starts from 0, so that it explains nothing of the first returns.
+    assert rows[1]["value_explained_variance"] < 1e-3
+
+
+def test_ppo_without_a_reward_model_takes_none(runs, tmp_path):
+    with pytest.raises(InputError, match="is given, which config.reward=answer does not read; leave one out"):
+        config = dataclasses.replace(PPO_STEPS, reward="answer", credit="response")
+        where = {"init_from": str(runs / "sft"), "reward_from": str(runs / "process")}
+        ppo.run(config, tmp_path, stop=STOP, **where)
+
+
+def test_ppo_refuses_what_does_not_go_with_credit_by_steps():
+    for change in ({"reward": "model"}, {"missing_eos_score": -1.0}):
+        with pytest.raises(
+            InputError, match=f"config.{next(iter(change))} is .* with which credit=step does"
+        ):
+            dataclasses.replace(PPO_STEPS, **change)
 
 
 @pytest.mark.parametrize(

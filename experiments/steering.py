@@ -1,0 +1,81 @@
+"""A pretrained model of stories steered towards a happy tone by PPO, GRPO and online DPO, against a lexicon's reward.
+
+    python -m experiments.steering --init_from=<Hugging Face directory of stories260K> --workdir=runs/steering
+
+Writes prompts (beginnings of stories) into the workdir, trains the three on a leash to the model they start from, and
+measures what they say: sentiment, KL, and the first model's perplexity. Leaves steering.png (sentiment against KL,
+during training), summary.json and samples.json. Run again, it resumes; fields: --config.<method>.*. What came out:
+docs/steering.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+
+import numpy as np
+
+from experiments import launch
+from rlhf_jax.data.prompts_of_stories import beginnings
+from rlhf_jax.evaluation import plots_overoptimization as drawing
+from rlhf_jax.evaluation import plots_style as style
+from rlhf_jax.metrics import read_metrics
+from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.stages import config as configs
+from rlhf_jax.stages import grpo, online_dpo, ppo, steering
+
+METHODS = {"ppo": ppo, "grpo": grpo, "online_dpo": online_dpo}
+
+CONFIG = launch.define_config("steering")
+WORKDIR = launch.define_workdir()
+INIT_FROM = launch.define_init_from("Hugging Face directory, or run directory of SFT: what is steered.")
+PARALLELISM = launch.define_parallelism()
+MESH = launch.define_mesh()
+
+
+def main(stop):
+    config, workdir = CONFIG.value.to_dict(), pathlib.Path(WORKDIR.value)
+    prompts = workdir / "prompts.jsonl"
+    if not prompts.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"prompt": text}) for text in beginnings()]
+        prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    data = {**config["data"], "path": str(prompts), "format": "prompts"}
+    shared = {"seed": config["seed"], "data": data}
+    mesh = meshes.make_mesh(MESH.value)
+    for name, stage in METHODS.items():
+        built = configs.from_dict(stage.Config, {**config[name], **shared}, f"config.{name}")
+        how = {"parallelism": PARALLELISM.value, "mesh": mesh, "stop": stop}
+        stage.run(built, workdir / name, init_from=INIT_FROM.value, **how)
+    summary = steering.run(
+        configs.from_dict(steering.Config, {**config["measure"], **shared}, "config.measure"),
+        workdir / "measure",
+        first_from=INIT_FROM.value,
+        policies_from={name: str(workdir / name) for name in METHODS},
+        mesh=mesh,
+        stop=stop,
+    )
+    draw(workdir)
+    columns = ("sentiment", "sentiment_error", "kl", "perplexity", "length", "distinct_2")
+    print(f"{'':12}" + "".join(f"{name:>17}" for name in columns))
+    for name, values in summary.items():
+        print(f"{name:12}" + "".join(f"{values[column]:17.2f}" for column in columns))
+    print(workdir / "steering.png")
+
+
+def draw(workdir: pathlib.Path) -> None:
+    """Sentiment gained against KL at the evaluations of each run, on one picture."""
+    courses = {}
+    for name in METHODS:
+        rows = [row for row in read_metrics(workdir / name / "metrics.jsonl") if "eval/proxy" in row]
+        gained = [row["eval/proxy"] - rows[0]["eval/proxy"] for row in rows]
+        distance = [math.sqrt(max(row["eval/kl"], 0.0)) for row in rows]
+        courses[name] = (np.array(distance), np.array(gained))
+    figure = drawing.reward_figure(courses, style.looks(courses), label="sentiment gained")
+    with style.settings():
+        figure.savefig(workdir / "steering.png", dpi=144, facecolor="white", metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    launch.launch(main)

@@ -1,0 +1,143 @@
+"""How far policies have moved towards a sentiment, and what their first model thinks of it. A stage; imports all below.
+
+There is no gold reward: what a policy pays is its KL to the first model, and how strange that finds what it now says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax.data import batches
+from rlhf_jax.errors import check_range
+from rlhf_jax.evaluation import policies
+from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.parallel import sharding
+from rlhf_jax.sampling.generate import SamplingConfig
+from rlhf_jax.stages import inputs, rollouts
+from rlhf_jax.stages.run_directory import Purpose, check_same_family, load_model, open_run
+from rlhf_jax.training.forward import response_log_probs
+from rlhf_jax.training.interrupt import Interrupted, StopRequest
+
+SUMMARY, SAMPLES = "summary.json", "samples.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One measurement: ``responses_per_prompt`` responses to each of ``num_prompts`` held-out prompts; ``num_shown`` of
+    them are kept as text."""
+
+    seed: int = 0
+    data: inputs.DataConfig = dataclasses.field(default_factory=inputs.DataConfig)
+    num_prompts: int = 32
+    responses_per_prompt: int = 8
+    batch_size: int = 64
+    temperature: float = 1.0
+    num_shown: int = 3
+
+    def __post_init__(self) -> None:
+        check_range(self, "num_prompts", "responses_per_prompt", "batch_size", at_least=1)
+        check_range(self, "num_shown", at_least=0)
+
+
+def run(
+    config: Config,
+    workdir: str | os.PathLike,
+    *,
+    first_from: str,
+    policies_from: Mapping[str, str],
+    mesh: jax.sharding.Mesh | None = None,
+    stop: StopRequest,
+) -> dict[str, dict[str, float]]:
+    """Measures the first model ("first") and every named policy, all with the same prompts and noise.
+
+    Args:
+      config: see ``Config``.
+      workdir: gets ``summary.json`` and ``samples.json``.
+      first_from: the run, or Hugging Face directory, that the policies started from.
+      policies_from: name -> run.
+      mesh: see ``parallel.mesh``; None puts all devices on its data axis.
+      stop: looked at between policies.
+
+    Returns:
+      name -> sentiment (mean, and its standard error), kl (nats a response), perplexity (of the first model a token of
+      what the policy said), length (tokens), distinct_2.
+
+    Raises:
+      InputError: a policy of another architecture.
+      Interrupted: stopped on request; nothing half-done is kept.
+    """
+    where = {"first_from": first_from, **policies_from}
+    run_ = open_run(workdir, "steering", config, inputs=where, parallelism="jit", mesh=mesh, stop=stop)
+    meshes.check_rows(run_.mesh, config.batch_size, "config.batch_size")
+    first = load_model(first_from, run_)
+    encoded, _ = batches.encode_prompts(
+        inputs.load_prompts(config.data).held_out[: config.num_prompts],
+        first.tokenizer,
+        prompt_length=config.data.prompt_length,
+        truncation=config.data.truncation,
+    )
+    encoded = dataclasses.replace(encoded, rows=encoded.rows * config.responses_per_prompt)
+    sampling = SamplingConfig(max_new_tokens=config.data.response_length, temperature=config.temperature)
+    judge = policies.Judge(
+        model=first.config,
+        reference={"decoder": first.params["decoder"]},
+        reward=rollouts.sentiment_reward(first.tokenizer),
+        gold=None,
+        tokenizer=first.tokenizer,
+    )
+    sample = sharding.within(
+        run_.mesh, policies.make_sampler(judge, sampling, run_.mesh, batch_size=config.batch_size)
+    )
+    nll = sharding.within(run_.mesh, make_nll(config, run_, first))
+    key = run_.key(config.seed, Purpose.EVALUATION)
+    summary, shown = {}, {}
+    for name, path in {"first": first_from, **policies_from}.items():
+        if stop.requested is not None:
+            raise Interrupted(f"{stop.requested}: a measurement keeps nothing half-done; run it again")
+        model = load_model(path, run_)
+        check_same_family(first, model, architecture=True)
+        params = {"decoder": model.params["decoder"]}
+        samples = sample(params, encoded, key)
+        found, scores = policies.summarize(samples), [s.proxy for s in samples]
+        summary[name] = {
+            "sentiment": found["proxy"],
+            "sentiment_error": float(np.std(scores, ddof=1) / math.sqrt(len(scores)))
+            if len(scores) > 1
+            else 0.0,
+            "kl": found["kl"],
+            "perplexity": math.exp(nll(params, encoded, key)),
+            "length": found["length"],
+            "distinct_2": found["distinct_2"],
+        }
+        shown[name] = [{"prompt": s.prompt, "response": s.response, "sentiment": s.proxy} for s in samples]
+        shown[name] = shown[name][: config.num_shown]
+    (run_.workdir / SAMPLES).write_text(json.dumps(shown, indent=1))
+    (run_.workdir / SUMMARY).write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+def make_nll(config: Config, run_: Any, first: Any):
+    """``nll(params, encoded prompts, key)``: what the first model pays a token, in nats, for what a policy says."""
+    sampling = SamplingConfig(max_new_tokens=config.data.response_length, temperature=config.temperature)
+    rollout = rollouts.make_rollout(run_, first, sampling)
+    reference = {"decoder": first.params["decoder"]}
+    log_probs = jax.jit(lambda params, rows: response_log_probs(first.config, params, rows)[0])
+
+    def nll(params: Any, encoded: batches.Encoded, key: jax.Array) -> float:
+        total, tokens = 0.0, 0
+        for index, (batch, real) in enumerate(batches.eval_batches(encoded, config.batch_size)):
+            said = rollout(params, batch, jax.random.fold_in(key, index), 0)
+            mask = np.asarray(said.response_mask)[real]
+            total -= float(np.asarray(log_probs(reference, said))[real].sum(dtype=np.float64))
+            tokens += int(mask.sum())
+        return total / tokens
+
+    return nll

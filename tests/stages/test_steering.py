@@ -1,0 +1,99 @@
+"""Steering: the reward and the perplexity of what is said, by another way, and the main on a tiny model."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.data.prompts_of_stories import beginnings
+from rlhf_jax.models import decoder
+from rlhf_jax.rewards.sentiment import NEGATIVE, POSITIVE, sentiment_reward
+from rlhf_jax.stages import grpo, steering
+from rlhf_jax.stages.run_directory import load_model, open_run
+from rlhf_jax.training.interrupt import Interrupted, StopRequest
+from rlhf_jax.training.loop import Schedule
+from rlhf_jax.training.optimizer import OptimizerConfig
+
+from .conftest import SFT, SHARED, StopAfter
+
+STOP = StopRequest()
+CONFIG = steering.Config(data=SFT.data, num_prompts=8, responses_per_prompt=2, batch_size=16, num_shown=2)
+
+
+@pytest.fixture(scope="module")
+def steered(ladder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("steered")
+    config = grpo.Config(
+        **(SHARED | {"batch_size": 64}) | {"schedule": Schedule(num_steps=30)},
+        group_size=8,
+        reward="sentiment",
+        beta=0.0,
+        num_eval_prompts=12,
+    )
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=2e-3, schedule="constant"))
+    grpo.run(config, root, init_from=ladder.sft, stop=STOP)
+    return str(root)
+
+
+def test_a_steered_policy_is_happier_further_away_and_stranger(ladder, steered, tmp_path):
+    found = steering.run(CONFIG, tmp_path, first_from=ladder.sft, policies_from={"happy": steered}, stop=STOP)
+    first, happy = found["first"], found["happy"]
+    assert happy["sentiment"] > first["sentiment"] + 3 * first["sentiment_error"]
+    assert abs(first["kl"]) < 1e-5 and happy["kl"] > 0.1
+    assert json.loads((tmp_path / steering.SUMMARY).read_text()) == found
+    shown = json.loads((tmp_path / steering.SAMPLES).read_text())
+    assert len(shown["happy"]) == 2
+    for row in shown["happy"]:
+        assert row["sentiment"] == pytest.approx(float(sentiment_reward([row["response"]])[0]))
+
+
+def test_perplexity_is_the_first_models_of_what_the_policy_says(ladder, steered, tmp_path):
+    """Against logits of the whole sequence, one row at a time, in float64."""
+    run_ = open_run(tmp_path, "steering", CONFIG, inputs={}, parallelism="jit", mesh=None, stop=STOP)
+    first, policy = load_model(ladder.sft, run_), load_model(steered, run_)
+    said = []
+
+    real = steering.rollouts.make_rollout
+    steering_rollout = lambda *arguments: lambda *more: said.append(real(*arguments)(*more)) or said[-1]  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steering.rollouts, "make_rollout", steering_rollout)
+        nll = steering.make_nll(CONFIG, run_, first)
+    encoded, _ = steering.batches.encode_prompts(
+        steering.inputs.load_prompts(CONFIG.data).held_out[:5],
+        first.tokenizer,
+        prompt_length=CONFIG.data.prompt_length,
+    )
+    value = nll({"decoder": policy.params["decoder"]}, encoded, jax.random.key(3))
+    (rollout,) = jax.device_get(said)
+    params = jax.device_get({"decoder": first.params["decoder"]})
+    hidden = decoder.hidden_states(
+        first.config, params, jnp.asarray(rollout.tokens[:5]), jnp.asarray(rollout.token_mask[:5])
+    )
+    logits = np.asarray(hidden, np.float64) @ np.asarray(
+        decoder.unembedding(first.config, params).T, np.float64
+    )
+    width, total, count = rollout.response_mask.shape[1], 0.0, 0
+    start = rollout.tokens.shape[1] - width
+    for row in range(5):
+        for column in np.flatnonzero(rollout.response_mask[row]):
+            scores = logits[row, start + column - 1]
+            total += math.log(np.exp(scores - scores.max()).sum()) + scores.max()
+            total -= scores[rollout.tokens[row, start + column]]
+            count += 1
+    assert value == pytest.approx(total / count, rel=1e-4)
+
+
+def test_a_stop_keeps_nothing(ladder, tmp_path):
+    with pytest.raises(Interrupted, match="keeps nothing half-done"):
+        steering.run(CONFIG, tmp_path, first_from=ladder.sft, policies_from={}, stop=StopAfter(0))
+
+
+def test_beginnings_of_stories_say_nothing_of_moods():
+    texts = beginnings()
+    assert len(set(texts)) == len(texts) == 96 and not any("{" in text for text in texts)
+    words = {word.strip(".,").lower() for text in texts for word in text.split()}
+    assert not words & (POSITIVE | NEGATIVE)
