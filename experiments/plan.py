@@ -12,15 +12,15 @@ none of it does. The best comes first. --mesh asks for one mesh, --json prints e
 """
 
 import os
+import sys
 
-# Compiling for a slice needs no device; without this the plugin looks for a TPU's metadata server.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+# Compiling for a slice needs no device, and with its compiler installed JAX would look for one.
+if not any(argument.endswith("topology=here") for argument in sys.argv):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import dataclasses  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
-import sys  # noqa: E402
 
 import jax  # noqa: E402
 from absl import flags  # noqa: E402
@@ -32,15 +32,30 @@ from rlhf_jax.parallel import mesh as meshes  # noqa: E402
 from rlhf_jax.parallel import planner  # noqa: E402
 from rlhf_jax.stages import config as configs  # noqa: E402
 
-CONFIG = launch.define_config("sft")
+
+def _stage_of(arguments):
+    """The stage that the command line names, before flags are read: --config takes its values when it is defined."""
+    words = " ".join(arguments).replace("--stage ", "--stage=").split()
+    named = [word.partition("=")[2] for word in words if word.lstrip("-").startswith("stage=")] or ["sft"]
+    stage = _SHORT.get(named[-1], named[-1])
+    return stage if stage in plan_programs.STAGES else "sft"
+
+
+_SHORT = {"rm": "reward_model"}
+CONFIG = launch.define_config(_stage_of(sys.argv))
 STAGE = flags.DEFINE_enum(
-    "stage", "sft", list(plan_programs.STAGES), "Whose functions; --config is that stage's."
+    "stage",
+    "sft",
+    [*plan_programs.STAGES, *_SHORT],
+    "Whose functions, and whose config file --config is by default. rm is short for reward_model.",
 )
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "The slice, as v5e:4x4, v5p:4x4x8, v6e:2x4; or here.", required=True
 )
 MODEL = flags.DEFINE_string(
-    "model", None, "Hugging Face directory (config.json is enough): the shape of every role.", required=True
+    "model",
+    None,
+    "Hugging Face directory (config.json is enough): the shape of every role. sft: in place of --config.model.path.",
 )
 COMPUTE_DTYPE = flags.DEFINE_enum(
     "compute_dtype", None, ["float32", "bfloat16"], "In place of the model's own."
@@ -53,25 +68,26 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables
 
 def main(stop):
     del stop
-    config = configs.from_dict(plan_programs.STAGES[STAGE.value], CONFIG.value.to_dict())
-    model = huggingface.read_config(MODEL.value)
+    stage = _stage_of(sys.argv)
+    config = configs.from_dict(plan_programs.STAGES[stage], CONFIG.value.to_dict())
+    path = MODEL.value or (config.model.path if stage == "sft" else "")
+    if not path:
+        raise InputError(
+            "--model is not given; give a Hugging Face directory, as experiments/shapes/llama3_8b"
+        )
+    model = huggingface.read_config(path)
     asked = {"compute_dtype": COMPUTE_DTYPE.value, "remat": REMAT.value, "attention": ATTENTION.value}
     model = dataclasses.replace(model, **{name: value for name, value in asked.items() if value is not None})
     devices = planner.topology_devices(TOPOLOGY.value)
-    chip = planner.CHIPS.get(devices[0].device_kind)
-    if chip is None:
-        raise InputError(
-            f"--topology={TOPOLOGY.value} has devices of kind {devices[0].device_kind!r}; what they can do is known "
-            f"of {', '.join(planner.CHIPS)} only; add a line to rlhf_jax.parallel.planner.CHIPS"
-        )
+    chip = planner.chip_of(devices)
     plans, refused = [], {}
     for number, mesh in enumerate(tried := list(_meshes(devices, config, model)), start=1):
         print(f"{number}/{len(tried)} {_name(mesh.shape)}", file=sys.stderr, flush=True)
         try:
-            plans.append(plan_programs.plan(STAGE.value, mesh, config, model))
+            plans.append(plan_programs.plan(stage, mesh, config, model))
         except plan_programs.DoesNotFit as error:
             refused[_name(mesh.shape)] = str(error)
-    plans.sort(key=lambda plan: (not plan.fits(chip), plan.step_seconds(chip)[1]))
+    plans = planner.ranked(plans, chip)
     if JSON.value:
         print(json.dumps(_as_json(plans, refused, chip, devices), indent=1))
     else:
@@ -83,7 +99,14 @@ def _meshes(devices, config, model):
         yield meshes.make_mesh(MESH.value, devices)
         return
     rows = plan_programs.rows_of_an_update(config)
-    for sizes in planner.meshes_of(len(devices), rows=rows, heads=model.num_kv_heads):
+    found = list(planner.meshes_of(len(devices), rows=rows, heads=model.num_kv_heads))
+    if not found:
+        raise InputError(
+            f"no mesh of {len(devices)} devices divides micro-batches of {rows} rows and {model.num_kv_heads} "
+            "key/value heads; change --config.batch_size or --config.num_microbatches until the rows are a multiple of "
+            f"{len(devices)}"
+        )
+    for sizes in found:
         yield meshes.mesh_of(sizes, devices)
 
 

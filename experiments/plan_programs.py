@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -63,9 +65,8 @@ def plan(stage: str, mesh: Mesh, config: Any, model: ModelConfig) -> planner.Pla
     costs = []
     for work in works:
         started = time.monotonic()
-        with sharding.scope(mesh):
-            lowered = work.function.lower(*work.arguments)
-            compiled = _compile(work.name, lowered)
+        with sharding.scope(mesh), _nothing_kept(mesh):
+            compiled = _compile(work.name, work.function.lower(*work.arguments))
         costs.append(
             planner.cost_of(
                 work.name,
@@ -90,11 +91,26 @@ def rows_of_an_update(config: Any) -> int:
     return config.batch_size // (config.num_microbatches * getattr(config, "num_minibatches", 1))
 
 
+@contextlib.contextmanager
+def _nothing_kept(mesh: Mesh) -> Iterator[None]:
+    """No cache of compilations for devices that are not there: JAX would write such a program and fail to read it."""
+    option = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, option)
+    try:
+        if mesh.devices.flat[0] not in jax.devices():
+            jax.config.update(option, math.inf)
+        yield
+    finally:
+        jax.config.update(option, before)
+
+
 def _compile(name: str, lowered: Any) -> Any:
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
+        found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error)) or re.search(
+            r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error)
+        )
         if found is None:
             raise
         raise DoesNotFit(f"the {name} alone needs {found[1]} of {found[2]}") from None

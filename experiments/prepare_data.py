@@ -46,8 +46,8 @@ TFDS_DIR = flags.DEFINE_string(
 TOKENIZER = flags.DEFINE_string(
     "tokenizer",
     "",
-    "A Hugging Face directory (or the tokenizer/ of a hand-off): demonstrations, preferences or prompts are tokenised "
-    "once with it, and what fits is remembered.",
+    "A Hugging Face directory (or the tokenizer/ of a hand-off): demonstrations, preferences, prompts or steps are "
+    "tokenised once with it, and what fits is remembered.",
 )
 PROMPT_LENGTH = flags.DEFINE_integer("prompt_length", 16, "As --config.data.prompt_length, with --tokenizer.")
 RESPONSE_LENGTH = flags.DEFINE_integer(
@@ -56,12 +56,16 @@ RESPONSE_LENGTH = flags.DEFINE_integer(
 TRUNCATION = flags.DEFINE_enum(
     "truncation", "error", batches.TRUNCATIONS, "As --config.data.truncation, with --tokenizer."
 )
+STEP_MARK = flags.DEFINE_string(
+    "step_mark", "\n", "As --config.step_mark, with --tokenizer and --kind=steps."
+)
 # How many of the rows left out are shown; all are listed in prepared.json.
 SHOWN = 10
 ENCODERS = {
     "demonstrations": batches.encode_demonstrations,
     "preferences": batches.encode_preferences,
     "prompts": batches.encode_prompts,
+    "steps": batches.encode_process_steps,
 }
 
 
@@ -91,17 +95,28 @@ def main(stop):
         )
     print(summary(manifest))
     if tokenizer is not None:
-        print(scan(tokenizer))
+        print(scan(tokenizer, stop))
     print(OUTPUT.value)
 
 
-def scan(tokenizer) -> str:
+def scan(tokenizer, stop) -> str:
     """Which rows fit, remembered in the set and said in a line."""
-    widths = {"prompt_length": PROMPT_LENGTH.value, "truncation": TRUNCATION.value}
+    how = {"prompt_length": PROMPT_LENGTH.value, "truncation": TRUNCATION.value}
     if KIND.value != "prompts":
-        widths["response_length"] = RESPONSE_LENGTH.value
+        how["response_length"] = RESPONSE_LENGTH.value
+    if KIND.value == "steps":
+        how["step_mark"] = STEP_MARK.value
     rows = prepared.open_prepared(OUTPUT.value).rows
-    _, report = ENCODERS[KIND.value](rows, tokenizer, **widths)
+    with tqdm.tqdm(total=len(rows), unit=" rows", desc="scan", disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            if stop.requested:
+                raise Interrupted(
+                    f"stopped by {stop.requested}: {OUTPUT.value} is whole; the stage that reads it will scan it"
+                )
+            bar.update(done - bar.n)
+
+        _, report = ENCODERS[KIND.value](rows, tokenizer, progress=progress, **how)
     cut, left_out = len(report.truncated), len(report.dropped)
     return f"{report.kept:,} rows fit or were cut to fit ({cut:,} were cut); {left_out:,} do not"
 

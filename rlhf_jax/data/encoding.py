@@ -24,6 +24,7 @@ from rlhf_jax.data.rows import Demonstration, Preference, Prompt
 from rlhf_jax.errors import InputError
 
 TRUNCATIONS = ("error", "drop", "keep_start", "keep_end")
+_LONGER = "raise --config.data.prompt_length or --config.data.response_length"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,6 +118,7 @@ def encode_demonstrations(
     prompt_length: int,
     response_length: int,
     truncation: str = "error",
+    progress: scans.Progress = scans.unseen,
 ) -> tuple[Encoded[EncodedDemonstration], EncodeReport]:
     """Ids of each row that fits.
 
@@ -125,9 +127,10 @@ def encode_demonstrations(
       raises `InputError`; "drop" leaves the row out; "keep_start" and "keep_end" keep that part of the
       *prompt* (and its BOS), while a response always keeps its start, and loses its EOS because it did not
       end there.
+    progress: called while a prepared set is scanned, which is once for a tokenizer and limits.
     """
-    limits = _Limits.of(tokenizer, prompt_length, response_length, truncation)
-    return _encode(rows, functools.partial(_demonstrations_of, tokenizer, limits), tokenizer, limits)
+    limits = Limits.of(tokenizer, prompt_length, response_length, truncation)
+    return encode_rows(rows, functools.partial(_demonstrations_of, tokenizer, limits), progress=progress)
 
 
 def encode_preferences(
@@ -137,16 +140,17 @@ def encode_preferences(
     prompt_length: int,
     response_length: int,
     truncation: str = "error",
+    progress: scans.Progress = scans.unseen,
 ) -> tuple[Encoded[EncodedPreference], EncodeReport]:
-    """Ids of each pair that fits; see `encode_demonstrations` for ``rows`` and ``truncation``.
+    """Ids of each pair that fits; see `encode_demonstrations` for ``rows``, ``truncation`` and ``progress``.
 
     A pair whose two sides are the same ids, as a tokenizer that knows few words or a cut can make them, says
     nothing: it is an `InputError` under "error", and dropped otherwise.
 
     Batches say how likely a label is where rows have a ``target``, which all have or none.
     """
-    limits = _Limits.of(tokenizer, prompt_length, response_length, truncation)
-    return _encode(rows, functools.partial(_preferences_of, tokenizer, limits), tokenizer, limits)
+    limits = Limits.of(tokenizer, prompt_length, response_length, truncation)
+    return encode_rows(rows, functools.partial(_preferences_of, tokenizer, limits), progress=progress)
 
 
 def encode_prompts(
@@ -155,19 +159,33 @@ def encode_prompts(
     *,
     prompt_length: int,
     truncation: str = "error",
+    progress: scans.Progress = scans.unseen,
 ) -> tuple[Encoded[EncodedPrompt], EncodeReport]:
-    """Ids of each prompt that fits; see `encode_demonstrations` for ``rows`` and ``truncation``. R is 0."""
-    limits = _Limits.of(tokenizer, prompt_length, 1, truncation)
-    encoded, report = _encode(rows, functools.partial(_prompts_of, tokenizer, limits), tokenizer, limits)
+    """Ids of each prompt that fits; see `encode_demonstrations` for the other arguments. R is 0."""
+    limits = Limits.of(tokenizer, prompt_length, 1, truncation)
+    encoded, report = encode_rows(rows, functools.partial(_prompts_of, tokenizer, limits), progress=progress)
     return dataclasses.replace(encoded, response_length=0), report
 
 
-def _encode(
-    rows: Sequence, encode: Callable, tokenizer: Any, limits: _Limits
+def encode_rows(
+    rows: Sequence,
+    encode: functools.partial,
+    *,
+    progress: scans.Progress = scans.unseen,
+    remedy: str = _LONGER,
 ) -> tuple[Encoded, EncodeReport]:
-    """``encode``: from rows to ((place, encoded row) of each that fits, report)."""
+    """What a kind of row is encoded by, and which rows fit.
+
+    Args:
+      rows: see `encode_demonstrations`.
+      encode: from rows to ((place, encoded row) of each that fits, report). Its first arguments are the tokenizer and
+        the `Limits`; whatever texts follow decide about rows too.
+      progress: see `encode_demonstrations`.
+      remedy: what to do about it where no row fits.
+    """
+    tokenizer, limits = encode.args[:2]
     if isinstance(rows, Mixture):
-        parts = [_encode(part, encode, tokenizer, limits) for part in rows.parts]
+        parts = [encode_rows(part, encode, progress=progress, remedy=remedy) for part in rows.parts]
         mixture = dataclasses.replace(rows, parts=tuple(encoded.rows for encoded, _ in parts))
         report = EncodeReport(
             kept=sum(report.kept for _, report in parts),
@@ -176,29 +194,31 @@ def _encode(
         )
         return _encoded(mixture, tokenizer, limits, mixture.sources()), report
     if isinstance(rows, PreparedRows):
-        encoded, report = _encode_when_read(rows, encode, tokenizer, limits)
+        encoded, report = _encode_when_read(rows, encode, progress)
     else:
         fitted, report = encode(rows)
         encoded = tuple(row for _, row in fitted)
     if report.dropped and not report.kept:
         source, reason = report.dropped[0]
         raise InputError(
-            f"all {len(report.dropped)} rows were dropped, the first ({source}) because it {reason}: "
-            "raise --config.data.prompt_length or --config.data.response_length."
+            f"all {len(report.dropped)} rows were dropped, the first ({source}) because it {reason}: {remedy}."
         )
     return _encoded(encoded, tokenizer, limits), report
 
 
 def _encode_when_read(
-    rows: PreparedRows, encode: functools.partial, tokenizer: Any, limits: _Limits
+    rows: PreparedRows, encode: functools.partial, progress: scans.Progress
 ) -> tuple[EncodedWhenRead, EncodeReport]:
+    tokenizer, limits, *others = encode.args
+
     def measure(chunk: Sequence) -> tuple[list[tuple[int, int, int]], Sequence, Sequence]:
         fitted, report = encode(chunk)
         return [(place, *lengths_of_row(row)) for place, row in fitted], report.dropped, report.truncated
 
     text = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
     what = [encode.func.__name__, dataclasses.asdict(limits), hashlib.sha256(text.encode()).hexdigest()]
-    found = scans.scan(rows, measure, json.dumps([*what, tokenizers.fingerprint(tokenizer)]))
+    identity = json.dumps([*what, tokenizers.fingerprint(tokenizer), *others])
+    found = scans.scan(rows, measure, identity, progress)
     places = np.flatnonzero(found.kept[rows.indices])
     asked_for = np.zeros(len(rows.source), bool)
     asked_for[rows.indices] = True
@@ -238,10 +258,10 @@ def _pairs_of_ids(
 
 
 def _demonstrations_of(
-    tokenizer: Any, limits: _Limits, rows: Sequence[Demonstration]
+    tokenizer: Any, limits: Limits, rows: Sequence[Demonstration]
 ) -> tuple[list[tuple[int, EncodedDemonstration]], EncodeReport]:
     pairs = _pairs_of_ids(tokenizer, rows, [row.response for row in rows])
-    fitted, report = _fit_all([(row.source, (pair,)) for row, pair in zip(rows, pairs, strict=True)], limits)
+    fitted, report = fit_all([(row.source, (pair,)) for row, pair in zip(rows, pairs, strict=True)], limits)
     return [
         (place, EncodedDemonstration(prompt_ids=prompt_ids, response_ids=response_ids, row=rows[place]))
         for place, ((prompt_ids, response_ids),) in fitted
@@ -249,11 +269,11 @@ def _demonstrations_of(
 
 
 def _preferences_of(
-    tokenizer: Any, limits: _Limits, rows: Sequence[Preference]
+    tokenizer: Any, limits: Limits, rows: Sequence[Preference]
 ) -> tuple[list[tuple[int, EncodedPreference]], EncodeReport]:
     chosen = _pairs_of_ids(tokenizer, rows, [row.chosen for row in rows])
     rejected = _pairs_of_ids(tokenizer, rows, [row.rejected for row in rows])
-    fitted, report = _fit_all(
+    fitted, report = fit_all(
         [(row.source, sides) for row, *sides in zip(rows, chosen, rejected, strict=True)], limits
     )
     return [
@@ -272,7 +292,7 @@ def _preferences_of(
 
 
 def _prompts_of(
-    tokenizer: Any, limits: _Limits, rows: Sequence[Prompt]
+    tokenizer: Any, limits: Limits, rows: Sequence[Prompt]
 ) -> tuple[list[tuple[int, EncodedPrompt]], EncodeReport]:
     ids = [
         conversations.encode_turns(tokenizer, row.messages, row.source)
@@ -280,7 +300,7 @@ def _prompts_of(
         else tokenizers.encode_prompt(tokenizer, row.prompt)
         for row in rows
     ]
-    fitted, report = _fit_all(
+    fitted, report = fit_all(
         [(row.source, ((prompt_ids, []),)) for row, prompt_ids in zip(rows, ids, strict=True)], limits
     )
     return [
@@ -289,7 +309,7 @@ def _prompts_of(
 
 
 def _encoded(
-    rows: Sequence, tokenizer: PreTrainedTokenizerFast, limits: _Limits, sources: tuple = ()
+    rows: Sequence, tokenizer: PreTrainedTokenizerFast, limits: Limits, sources: tuple = ()
 ) -> Encoded:
     return Encoded(
         rows=rows,
@@ -301,7 +321,7 @@ def _encoded(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Limits:
+class Limits:
     """How many ids fit, and what happens to more."""
 
     prompt_length: int
@@ -312,7 +332,7 @@ class _Limits:
     @staticmethod
     def of(
         tokenizer: PreTrainedTokenizerFast, prompt_length: int, response_length: int, truncation: str
-    ) -> _Limits:
+    ) -> Limits:
         if truncation not in TRUNCATIONS:
             raise InputError(f"truncation is {truncation!r}: use one of {', '.join(TRUNCATIONS)}.")
         has_bos = tokenizer.bos_token_id is not None
@@ -321,7 +341,7 @@ class _Limits:
                 f"prompt_length is {prompt_length} and response_length {response_length}: give room for one "
                 "token of each, and for a first BOS."
             )
-        return _Limits(
+        return Limits(
             prompt_length=prompt_length,
             response_length=response_length,
             truncation=truncation,
@@ -329,7 +349,7 @@ class _Limits:
         )
 
 
-def _excess(prompt_ids: Sequence[int], response_ids: Sequence[int], limits: _Limits) -> str:
+def _excess(prompt_ids: Sequence[int], response_ids: Sequence[int], limits: Limits) -> str:
     """What does not fit, in words; "" where everything does."""
     parts = []
     if len(prompt_ids) > limits.prompt_length:
@@ -342,7 +362,7 @@ def _excess(prompt_ids: Sequence[int], response_ids: Sequence[int], limits: _Lim
     return " and ".join(parts)
 
 
-def _cut(prompt_ids: Sequence[int], response_ids: Sequence[int], limits: _Limits) -> tuple[tuple, tuple]:
+def _cut(prompt_ids: Sequence[int], response_ids: Sequence[int], limits: Limits) -> tuple[tuple, tuple]:
     prompt_ids = tuple(prompt_ids)
     if len(prompt_ids) > limits.prompt_length:
         head = prompt_ids[:1] if limits.has_bos else ()
@@ -351,8 +371,8 @@ def _cut(prompt_ids: Sequence[int], response_ids: Sequence[int], limits: _Limits
     return prompt_ids, tuple(response_ids[: limits.response_length])
 
 
-def _fit_all(
-    sides_of_rows: Sequence[tuple[str, Sequence[tuple[Sequence[int], Sequence[int]]]]], limits: _Limits
+def fit_all(
+    sides_of_rows: Sequence[tuple[str, Sequence[tuple[Sequence[int], Sequence[int]]]]], limits: Limits
 ) -> tuple[list[tuple[int, tuple]], EncodeReport]:
     """((row number, its sides cut to fit) of each row kept, report); a side is (prompt ids, response ids)."""
     fitted: list[tuple[int, tuple]] = []
@@ -366,8 +386,7 @@ def _fit_all(
         excess = next(filter(None, (_excess(*side, limits) for side in sides)), "")
         if excess and limits.truncation == "error":
             raise InputError(
-                f"{source} has {excess}: raise --config.data.prompt_length or --config.data.response_length, "
-                "or pass --config.data.truncation=drop, keep_start or keep_end."
+                f"{source} has {excess}: {_LONGER}, or pass --config.data.truncation=drop, keep_start or keep_end."
             )
         if excess and limits.truncation == "drop":
             dropped.append((source, f"has {excess}"))

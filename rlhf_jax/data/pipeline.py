@@ -10,7 +10,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import multiprocessing.connection
+import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -124,22 +127,26 @@ class BatchIterator(grain.DatasetIterator):
 
     def __next__(self) -> Any:
         self._assert_not_closed()
-        batch = self._dataset[self._next] if not self._num_workers else next(self._working())
+        if self._ahead is None:
+            if self._num_workers:
+                # Workers take seconds to start; the batch before their first is made here meanwhile.
+                self._start_workers(self._next + 1)
+            batch = self._dataset[self._next]
+        else:
+            batch = next(self._ahead)
         self._next += 1
         return batch
 
-    def _working(self) -> grain.DatasetIterator:
-        if self._ahead is None:
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, which only a program under absl has parsed
-            rest = self._dataset.slice(slice(self._next, None)).to_iter_dataset(
-                grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-            )
-            options = grain.MultiprocessingOptions(
-                num_workers=self._num_workers, per_worker_buffer_size=_READY
-            )
-            self._ahead = iter(rest.mp_prefetch(options, worker_init_fn=_leave_interrupts_to_the_parent))
-        return self._ahead
+    def _start_workers(self, first: int) -> None:
+        """Has workers make batches from the one with the number ``first`` on; returns before they have begun."""
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, which only a program under absl has parsed
+        rest = self._dataset.slice(slice(first, None)).to_iter_dataset(
+            grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        )
+        options = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=_READY)
+        self._ahead = iter(rest.mp_prefetch(options, worker_init_fn=_begin_worker))
+        self._ahead.start_prefetch()
 
     def sources_of(self, number: int) -> list[str]:
         """Where the rows of a batch (from 0) came from, those of all processes."""
@@ -165,8 +172,8 @@ class BatchIterator(grain.DatasetIterator):
 
     def start_prefetch(self) -> None:
         """Has workers begin; batches are made when asked for where there are none."""
-        if self._num_workers:
-            self._working().start_prefetch()
+        if self._num_workers and self._ahead is None:
+            self._start_workers(self._next)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -179,10 +186,20 @@ class BatchIterator(grain.DatasetIterator):
         self._ahead = None
 
 
-def _leave_interrupts_to_the_parent(index: int, count: int) -> None:
-    """A Ctrl-C reaches every process of a terminal; the run is to finish its step, and needs its workers for that."""
+def _begin_worker(index: int, count: int) -> None:
+    """Has a worker live exactly as long as it is of use.
+
+    A Ctrl-C reaches every process of a terminal, and the run needs its workers to finish its step; a run that was
+    killed outright can tell nobody.
+    """
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def batches(

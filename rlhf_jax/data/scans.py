@@ -40,30 +40,38 @@ class Scan:
 
 # Rows -> ((place, prompt ids, response ids) of each that is kept, (source, reason) of those dropped, and truncated).
 Measure = Callable[[Sequence[Any]], tuple[list[tuple[int, int, int]], Sequence, Sequence]]
+# Called with how many rows have been looked at, and how many there are.
+Progress = Callable[[int, int], None]
 
 
-def scan(rows: PreparedRows, measure: Measure, identity: str) -> Scan:
+def unseen(rows: int, total: int) -> None:
+    """Progress that nobody looks at."""
+
+
+def scan(rows: PreparedRows, measure: Measure, identity: str, progress: Progress = unseen) -> Scan:
     """What ``measure`` says of every row of the set that ``rows`` are some of.
 
     Args:
       rows: gives the set, and the view of its rows.
       measure: see `Measure`.
       identity: names everything besides the rows that decides what ``measure`` says.
+      progress: is called before the first row, and as rows are measured; not where that was done before.
     """
     digest = hashlib.sha256(json.dumps([_FORMAT, rows.view, identity]).encode()).hexdigest()[:16]
     path = rows.directory / f"scan-{digest}"
     found = _load(path, len(rows.source))
     if found is None:
-        found = _scan(rows, measure)
+        found = _scan(rows, measure, progress)
         _save(path, found)
     return found
 
 
-def _scan(rows: PreparedRows, measure: Measure) -> Scan:
+def _scan(rows: PreparedRows, measure: Measure, progress: Progress) -> Scan:
     everything = dataclasses.replace(rows, indices=np.arange(len(rows.source), dtype=np.int64))
     kept, lengths = np.zeros(len(everything), bool), np.zeros((len(everything), 2), np.int32)
     dropped, truncated = [], []
     for start in range(0, len(everything), _CHUNK):
+        progress(start, len(everything))
         chunk = everything.fetch(np.arange(start, min(start + _CHUNK, len(everything))))
         fitted, left_out, cut = measure(chunk)
         for place, prompt, response in fitted:
@@ -72,6 +80,7 @@ def _scan(rows: PreparedRows, measure: Measure) -> Scan:
             places = {row.source: start + place for place, row in enumerate(chunk)}
             dropped += [(places[source], source, reason) for source, reason in left_out]
             truncated += [(places[source], source, reason) for source, reason in cut]
+    progress(len(everything), len(everything))
     return Scan(kept=kept, lengths=lengths, dropped=tuple(dropped), truncated=tuple(truncated))
 
 

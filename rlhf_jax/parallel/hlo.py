@@ -37,6 +37,13 @@ _FREE = {
 }
 
 
+# Kernels of this project that hold their own products, which no program text shows: how many matrix products of queries
+# with keys (or as large) one run is, of which a causal mask leaves half.
+_KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
+# Names for memory, not work.
+_FREE_CALLS = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast|AsyncCollective\w+)"')
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Array:
     """dtype, dimensions, bytes; near: whether it lives in the chip's fast memory, which is no traffic."""
@@ -110,17 +117,20 @@ def count(text: str, *, unknown_trips: int = 1) -> Counts:
     """
     program, entry = parse(text)
     flops, traffic, unknown, found = 0.0, 0.0, 0, []
-    for name, times, fused in _executed(program, entry, unknown_trips):
-        instructions = program[name]
+    chains: set[tuple[str, str]] = set()
+    for call in _executed(program, entry, unknown_trips):
+        instructions = program[call.name]
         made = {instruction.name: instruction for instruction in instructions}
         for instruction in instructions:
-            flops += times * _flops(instruction, made)
-            if not fused:
-                traffic += times * _traffic(instruction, made, program)
+            flops += call.times * _flops(instruction, made)
+            if not call.fused:
+                traffic += call.times * _traffic(instruction, made, program)
             kind = _kind(instruction)
-            if kind is not None:
-                found.append(_collective(kind, instruction, made, times))
-            if instruction.opcode == "while" and not _TRIPS.search(instruction.rest):
+            if kind is not None and not _is_repeated(instruction, chains):
+                if kind == "all-reduce" and call.fused and _is_sliced(instruction, instructions):
+                    kind = "reduce-scatter"
+                found.append(_collective(kind, instruction, call.times))
+            if instruction.opcode == "while" and _trips(instruction, made, program) is None:
                 unknown += 1
     return Counts(flops=flops, traffic=traffic, collectives=tuple(found), unknown_loops=unknown)
 
@@ -135,7 +145,7 @@ def parse(text: str) -> tuple[Program, str]:
             if match:
                 current = program.setdefault(match[2], [])
                 entry = match[2] if match[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # an instruction may go on over lines that only begin so
             current = None
         elif current is not None and (match := _INSTRUCTION.match(line)):
             instruction = _instruction(match[2], match[3], root=bool(match[1]))
@@ -178,29 +188,122 @@ def _closing(text: str, start: int) -> int:
     return len(text)
 
 
-def _executed(program: Program, entry: str, unknown_trips: int) -> Iterator[tuple[str, int, bool]]:
-    """(computation, how often it runs, whether it is the inside of a fusion), each call apart."""
-    waiting = collections.deque([(entry, 1, False)])
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Call:
+    """A computation that runs: its name, how often, and whether it is the inside of a fusion."""
+
+    name: str
+    times: int
+    fused: bool
+
+
+def _executed(program: Program, entry: str, unknown_trips: int) -> Iterator[_Call]:
+    """Everything that runs, each call apart."""
+    waiting = collections.deque([_Call(name=entry, times=1, fused=False)])
     while waiting:
-        name, times, fused = waiting.popleft()
-        yield name, times, fused
-        for instruction in program[name]:
+        call = waiting.popleft()
+        yield call
+        made = {instruction.name: instruction for instruction in program[call.name]}
+        for instruction in program[call.name]:
             if instruction.opcode.endswith(("-done", "-update")):
                 continue  # the start has it
+            times, fused = call.times, call.fused
             if instruction.opcode == "while":
-                known = _TRIPS.search(instruction.rest)
-                trips = int(known[1]) if known else unknown_trips
-                waiting.append((_called(instruction, "body"), times * trips, fused))
+                trips = _trips(instruction, made, program)
+                name = _called(instruction, "body")
+                times *= unknown_trips if trips is None else trips
             elif instruction.opcode == "conditional":
                 branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
                 names = re.findall(r"%([\w.\-]+)", branches[1]) if branches else []
-                names = names or [_called(instruction, "true_computation")]
-                waiting.append((names[-1], times, fused))
+                name = names[-1] if names else _called(instruction, "true_computation")
             elif instruction.opcode == "call":
-                waiting.append((_called(instruction, "to_apply"), times, fused))
+                name = _called(instruction, "to_apply")
             elif "calls=" in instruction.rest:
-                inside = fused or instruction.opcode == "fusion"
-                waiting.append((_called(instruction, "calls"), times, inside))
+                name = _called(instruction, "calls")
+                fused = fused or instruction.opcode == "fusion"
+            else:
+                continue
+            waiting.append(_Call(name=name, times=times, fused=fused))
+
+
+def _trips(loop: Instruction, made: Mapping[str, Instruction], program: Program) -> int | None:
+    """How often a loop runs; None where it ends when data say so.
+
+    A compiler that does not say counts up to a constant in the loop's condition.
+    """
+    known = _TRIPS.search(loop.rest)
+    if known:
+        return int(known[1])
+    condition = {instruction.name: instruction for instruction in program[_called(loop, "condition")]}
+    (root,) = (instruction for instruction in condition.values() if instruction.root)
+    if root.opcode != "compare" or "direction=LT" not in root.rest:
+        return None
+    counter, limit = (condition.get(name) for name in root.operands)
+    if (
+        counter is None
+        or counter.opcode != "get-tuple-element"
+        or limit is None
+        or limit.opcode != "constant"
+    ):
+        return None
+    start = made.get(loop.operands[0])
+    place = int(re.search(r"index=(\d+)", counter.rest)[1])
+    first = made.get(start.operands[place]) if start is not None and start.opcode == "tuple" else None
+    begins = _value(first) if first is not None and first.opcode == "constant" else 0
+    return -(-(_value(limit) - begins) // _stride(program[_called(loop, "body")], place))
+
+
+def _stride(body: Sequence[Instruction], place: int) -> int:
+    """By how much one run of a loop's body moves the counter at ``place``: more than 1 where the loop was unrolled."""
+    made = {instruction.name: instruction for instruction in body}
+    (root,) = (instruction for instruction in body if instruction.root)
+    if root.opcode != "tuple":
+        return 1
+    total, now = 0, made.get(root.operands[place])
+    while now is not None and now.opcode == "add":
+        operands = [made[name] for name in now.operands]
+        constants = [operand for operand in operands if operand.opcode == "constant"]
+        if len(constants) != 1:
+            break
+        total += _value(constants[0])
+        now = next(operand for operand in operands if operand is not constants[0])
+    return total or 1
+
+
+def _value(constant: Instruction) -> int:
+    return int(re.match(r"-?\d+", constant.rest)[0])
+
+
+def _is_repeated(instruction: Instruction, chains: set[tuple[str, str]]) -> bool:
+    """Whether this is another part of communication that was seen.
+
+    A TPU runs one beside several fusions, each of which holds a copy of it under the same channel and chain. The copy
+    that runs least comes first: ``_executed`` visits what is outside before what is inside.
+    """
+    chain = re.search(r'chain_id="(\d+)"', instruction.rest)
+    if chain is None:
+        return False
+    channel = re.search(r"channel_id=(\d+)", instruction.rest)
+    mark = (channel[1] if channel else instruction.name, chain[1])
+    seen = mark in chains
+    chains.add(mark)
+    return seen
+
+
+def _is_sliced(reduced: Instruction, instructions: Sequence[Instruction]) -> bool:
+    """Whether nothing but a device's own slice is taken of what is summed: a TPU's way to say reduce-scatter."""
+    names = {reduced.name}
+    for instruction in instructions:
+        if instruction.opcode in ("get-tuple-element", "bitcast") and names.intersection(
+            instruction.operands
+        ):
+            names.add(instruction.name)
+    users = [
+        instruction
+        for instruction in instructions
+        if instruction.name not in names and names.intersection(instruction.operands)
+    ]
+    return bool(users) and all(user.opcode == "dynamic-slice" for user in users)
 
 
 def _called(instruction: Instruction, role: str) -> str:
@@ -214,6 +317,13 @@ def _flops(instruction: Instruction, made: Mapping[str, Instruction]) -> float:
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)[1]
         inner = math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
         return 2.0 * inner * math.prod(instruction.arrays[0].shape)
+    if instruction.opcode == "custom-call":
+        products = next((n for name, n in _KERNEL_PRODUCTS.items() if instruction.name.startswith(name)), 0)
+        if not products:
+            return 0.0
+        # Operands: two maps of blocks, queries [rows, heads, columns, width], keys, values.
+        queries = made[instruction.operands[2]].arrays[0].shape
+        return products * math.prod(queries) * float(queries[-2])
     if instruction.opcode != "convolution":
         return 0.0
     # A TPU computes matrix products as convolutions: features are contracted; a window is another contracted axis,
@@ -239,6 +349,8 @@ def _flops(instruction: Instruction, made: Mapping[str, Instruction]) -> float:
 def _traffic(instruction: Instruction, made: Mapping[str, Instruction], program: Program) -> int:
     """Bytes read and written: outputs, and of the operands what is really read; slices count as slices."""
     if instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update", "-start")):
+        return 0
+    if instruction.opcode == "custom-call" and _FREE_CALLS.search(instruction.rest):
         return 0
     written = sum(array.bytes for array in instruction.arrays if not array.near)
     reads = [
@@ -286,14 +398,14 @@ def _kind(instruction: Instruction) -> str | None:
     return opcode if opcode in COLLECTIVES else None
 
 
-def _collective(kind: str, instruction: Instruction, made, times: int) -> Collective:
+def _collective(kind: str, instruction: Instruction, times: int) -> Collective:
     # The start of an asynchronous one makes (operand, result); the result of several at once is as many arrays.
     arrays = instruction.arrays
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
         arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[:1]
     devices = _group_size(instruction.rest)
     size = sum(array.bytes for array in arrays)
-    if kind == "reduce-scatter":
+    if instruction.opcode.startswith("reduce-scatter"):
         size *= devices
     return Collective(kind=kind, shape=arrays[0].shape, bytes=size, devices=devices, times=times)
 
@@ -303,4 +415,10 @@ def _group_size(text: str) -> int:
     if listed:
         return len(listed[1].split(","))
     grid = re.search(r"replica_groups=\[(\d+),(\d+)\]", text)
-    return int(grid[2]) if grid else 2
+    if grid:
+        return int(grid[2])
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
+    if named:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
+    return 2

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import importlib.util
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,14 +31,41 @@ class Chip:
     links: float
 
 
-# By JAX's device_kind. Google Cloud's "System architecture" page of each version; links are half of what it gives for
-# both directions together. A v2 or v3 chip is two devices and is not here.
+# By JAX's device_kind. TPUs: Google Cloud's "System architecture" page of each version; of memory, what the compiler
+# says that it may use; links are half of what the page gives for both directions together. GPUs: NVIDIA's data sheets,
+# dense. A v2 or v3 chip is two devices and is not here.
 CHIPS = {
-    "TPU v4": Chip(memory=32 * 2**30, flops=275e12, bandwidth=1228e9, links=300e9),
-    "TPU v5 lite": Chip(memory=16 * 2**30, flops=197e12, bandwidth=819e9, links=200e9),
-    "TPU v5": Chip(memory=95 * 2**30, flops=459e12, bandwidth=2765e9, links=600e9),
-    "TPU v6 lite": Chip(memory=32 * 2**30, flops=918e12, bandwidth=1640e9, links=448e9),
+    "TPU v4": Chip(memory=30.75 * 2**30, flops=275e12, bandwidth=1228e9, links=300e9),
+    "TPU v5 lite": Chip(memory=15.75 * 2**30, flops=197e12, bandwidth=819e9, links=200e9),
+    "TPU v5": Chip(memory=95.73 * 2**30, flops=459e12, bandwidth=2765e9, links=600e9),
+    "TPU v6 lite": Chip(memory=31.24 * 2**30, flops=918e12, bandwidth=1640e9, links=448e9),
+    "NVIDIA A100-SXM4-40GB": Chip(memory=40e9, flops=312e12, bandwidth=1555e9, links=300e9),
+    "NVIDIA A100-SXM4-80GB": Chip(memory=80e9, flops=312e12, bandwidth=2039e9, links=300e9),
+    "NVIDIA H100 80GB HBM3": Chip(memory=80e9, flops=989e12, bandwidth=3350e9, links=450e9),
+    "NVIDIA H200": Chip(memory=141e9, flops=989e12, bandwidth=4800e9, links=450e9),
 }
+
+
+def chip_of(devices: Sequence[Any]) -> Chip:
+    """What one of the devices is; nan for what is not known of its kind. CPU devices share the machine's memory."""
+    known = CHIPS.get(devices[0].device_kind)
+    if known is not None:
+        return known
+    if devices[0].platform == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
+    else:
+        memory = (devices[0].memory_stats() or {}).get("bytes_limit", math.nan)
+    return Chip(memory=memory, flops=math.nan, bandwidth=math.nan, links=math.nan)
+
+
+def ranked(plans: Sequence[Plan], chip: Chip) -> list[Plan]:
+    """The best first: those that fit, by the time of a step, or by memory where nothing is known of times."""
+
+    def badness(plan: Plan) -> tuple[bool, float, float]:
+        seconds = plan.step_seconds(chip)[1]
+        return not plan.fits(chip), seconds if math.isfinite(seconds) else 0.0, plan.memory
+
+    return sorted(plans, key=badness)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,10 +145,15 @@ def topology_devices(topology: str) -> Sequence[Any]:
             f"--topology={topology} needs the TPU's compiler, and the libtpu wheel is not installed; "
             "pip install 'rlhf_jax[plan]', or give --topology=here"
         )
+    # Compiling needs no TPU: no metadata server is asked for one, and other processes may do the same.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
+    # The two cores of a v4 chip are one device, as they are when a program runs.
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
-        return topologies.get_topology_desc(topology, "tpu").devices
+        return topologies.get_topology_desc(topology, "tpu", **options).devices
     except Exception as error:  # the plugin raises what it likes
         reason = " ".join(str(error).split())[:200]
         raise InputError(

@@ -117,23 +117,13 @@ def load_preferences(config: DataConfig) -> Split:
 
 
 def load_process_steps(config: DataConfig) -> Split:
-    """Rows of ``ProcessSteps``, from one file or directory of files; ``config.format`` is not read.
+    """Rows of ``ProcessSteps``; files hold them, whatever ``config.format`` says.
 
     Raises:
-      InputError: the embedded reviews were asked for, which have no steps, or a prepared set.
+      InputError: the embedded reviews were asked for, which have no steps, or a prepared set of another kind.
     """
     if config.path:
-        path = pathlib.Path(config.path)
-        if prepared.is_prepared(path):
-            raise InputError(
-                f"--config.data.path={path} is a prepared set, from which steps are not read; give the file it was "
-                "prepared from"
-            )
-        rows, report = readers.read_process_steps(path, on_bad_row=config.on_bad_row)
-        train, held_out = readers.split_by_group(
-            rows, held_out_fraction=config.held_out_fraction, seed=config.split_seed
-        )
-        return Split(train=train, held_out=held_out, left_out=report.skipped)
+        return _split_of(config, _as_steps, "steps")
     if config.embedded == "reviews":
         raise InputError(
             "--config.data.embedded=reviews has no steps to judge; give --config.data.path=<file>, or 'arithmetic'"
@@ -220,11 +210,16 @@ class _Source:
     opened: prepared.Prepared | None = None
 
 
-def _split_of(config: DataConfig, convert: Callable[[_Source, Sequence], Sequence]) -> Split:
-    """Every path of the config as the rows that ``convert`` makes of it, mixed where there are several."""
+def _split_of(
+    config: DataConfig, convert: Callable[[_Source, Sequence], Sequence], kind: str | None = None
+) -> Split:
+    """Every path of the config as the rows that ``convert`` makes of it, mixed where there are several.
+
+    kind: what files hold; None: what ``config.format`` says.
+    """
     paths = [config.path] if pathlib.Path(config.path).exists() else config.path.split(",")
     weights = _weights(config, len(paths))
-    sources = [_read(pathlib.Path(path), config) for path in paths]
+    sources = [_read(pathlib.Path(path), config, kind or config.format) for path in paths]
     train, held_out = (
         [convert(source, rows) for source, rows in zip(sources, sides, strict=True)]
         for sides in ([source.train for source in sources], [source.held_out for source in sources])
@@ -254,7 +249,7 @@ def _weights(config: DataConfig, count: int) -> tuple[float, ...]:
     return given
 
 
-def _read(path: pathlib.Path, config: DataConfig) -> _Source:
+def _read(path: pathlib.Path, config: DataConfig, kind: str) -> _Source:
     how = {"held_out_fraction": config.held_out_fraction, "seed": config.split_seed}
     if prepared.is_prepared(path):
         opened = prepared.open_prepared(path)
@@ -272,10 +267,20 @@ def _read(path: pathlib.Path, config: DataConfig) -> _Source:
         "preferences": readers.read_preferences,
         "demonstrations": readers.read_demonstrations,
         "prompts": readers.read_prompts,
-    }[config.format]
+        "steps": readers.read_process_steps,
+    }[kind]
     rows, report = read(path, on_bad_row=config.on_bad_row)
     train, held_out = readers.split_by_group(rows, **how)
-    return _Source(path=path, kind=config.format, train=train, held_out=held_out, left_out=report.skipped)
+    return _Source(path=path, kind=kind, train=train, held_out=held_out, left_out=report.skipped)
+
+
+def _as_steps(source: _Source, rows: Sequence) -> Sequence:
+    if source.kind != "steps":
+        raise InputError(
+            f"{source.path} holds {source.kind} where solutions in judged steps are needed; prepare a set with "
+            "--kind=steps"
+        )
+    return rows
 
 
 def _as_preferences(source: _Source, rows: Sequence) -> Sequence:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import tqdm
 
 from rlhf_jax.data.pipeline import BatchIterator
 from rlhf_jax.errors import InputError
@@ -14,6 +17,7 @@ from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
 from rlhf_jax.stages import adapters, inputs
 from rlhf_jax.stages.run_directory import Model, Progress, Purpose, Run, check_context, write_data_report
+from rlhf_jax.training.interrupt import Interrupted
 from rlhf_jax.training.loop import fit
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.step import Objective, TrainState, init_train_state, make_train_step
@@ -33,12 +37,35 @@ def encode_split(
 
     Raises:
       InputError: a row that cannot be used, or widths beyond the model's context.
+      Interrupted: stopped on request while a prepared set was scanned.
     """
     check_context(model, data.prompt_length + data.response_length)
-    train, train_report = encode(split.train, model.tokenizer, **data.widths)
-    held_out, held_out_report = encode(split.held_out, model.tokenizer, **data.widths)
+    with _shown_scan(run) as progress:
+        how = {"progress": progress, **data.widths}
+        train, train_report = encode(split.train, model.tokenizer, **how)
+        held_out, held_out_report = encode(split.held_out, model.tokenizer, **how)
     write_data_report(run, split.left_out, train=train_report, held_out=held_out_report)
     return train, held_out
+
+
+@contextlib.contextmanager
+def _shown_scan(run: Run) -> Iterator[Callable[[int, int], None]]:
+    """A bar while a prepared set is scanned, or a line where there is no terminal; a request to stop ends it."""
+    terminal = sys.stderr.isatty()
+    with tqdm.tqdm(desc=f"{run.stage}: scan", unit=" rows", delay=0.5, disable=not terminal) as bar:
+
+        def progress(rows: int, total: int) -> None:
+            if 0 < rows < total and run.stop.requested is not None:
+                raise Interrupted(
+                    f"{run.stop.requested}: stopped while the data was scanned, before any training; run the same "
+                    "command again"
+                )
+            if rows == 0 and not terminal:
+                print(f"{run.stage}: scans {total:,} rows, once for all runs", file=sys.stderr, flush=True)
+            bar.total = total
+            bar.update(rows - bar.n)
+
+        yield progress
 
 
 def train(

@@ -18,7 +18,8 @@ from rlhf_jax.types import DemonstrationBatch, PolicyBatch, Rollout
 
 Sequences = DemonstrationBatch | PolicyBatch | Rollout
 
-# Positions whose [V] logits are alive at once in the vocabulary head.
+# Positions whose [V] logits are alive at once in the vocabulary head; of large batches, which many devices share, a
+# sixteenth.
 CHUNK_SIZE = 256
 
 
@@ -40,7 +41,7 @@ def response_log_probs(
     hidden = response_hidden_states(config, params, batch)
     targets = batch.tokens[:, -batch.response_mask.shape[1] :]
     # A chunk larger than the batch would only compute padding.
-    chunk_size = min(CHUNK_SIZE, targets.size)
+    chunk_size = min(max(CHUNK_SIZE, targets.size // 16), targets.size)
     log_probs, entropy = chunked_token_log_probs(
         hidden,
         decoder.unembedding(config, params),

@@ -2,6 +2,13 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -111,11 +118,50 @@ def test_worker_processes_change_nothing_and_resume_in_the_middle(lazy):
         assert state == {**alone.get_state(), "next_batch": 5}
     finally:
         working.close()
+    assert not multiprocessing.active_children()
     # With another number of workers, or none, the same state goes on with the same batch.
     resumed = make(lazy, batch_size=2, seed=4)
     resumed.set_state(state)
     for expected in whole[5:]:
         same(next(resumed), expected)
+
+
+KILLED = """
+import multiprocessing, os, signal
+from rlhf_jax.data import batches, pipeline, world
+
+if __name__ == "__main__":
+    rows = world.demonstrations(world.WorldConfig(num_demonstrations=40))
+    encoded, _ = batches.encode_demonstrations(rows, world.world_tokenizer(), prompt_length=16, response_length=48)
+    share = pipeline.Share(num_workers=1)
+    iterator = batches.demonstration_batches(encoded, batch_size=4, seed=0, share=share)
+    next(iterator), next(iterator)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGINT)  # as Ctrl-C does
+    for _ in range(20):  # more than there are ahead
+        next(iterator)
+    print(worker.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_outlives_a_ctrl_c_and_not_its_run(tmp_path):
+    if not pathlib.Path("/proc/self").exists():
+        pytest.skip("no /proc to see processes in")
+    (tmp_path / "killed.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "killed.py")]
+    with (tmp_path / "out").open("w+") as out:  # no pipe, which the worker would hold open
+        environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+        done = subprocess.run(command, stdout=out, stderr=out, env=environment, timeout=120)
+        out.seek(0)
+        said = out.read()
+    assert done.returncode == -signal.SIGKILL, said
+    running = pathlib.Path("/proc") / said.split()[0] / "cmdline"
+    deadline = time.monotonic() + 30
+    while running.exists() and running.read_bytes():  # empty: ended, and nobody has asked how
+        assert time.monotonic() < deadline, "the worker goes on without its run"
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -251,7 +297,12 @@ def test_what_does_not_fit_is_reported_alike_and_remembered(sets, tokenizer, tru
     narrow = {"prompt_length": 14, "response_length": 14, "truncation": truncation}
     eager, report = b.encode_demonstrations(rows, tokenizer, **narrow)
     assert report.dropped or report.truncated
-    first, first_report = b.encode_demonstrations(opened.rows, tokenizer, **narrow)
+    monkeypatch.setattr(scans, "_CHUNK", 20)
+    seen = []
+    first, first_report = b.encode_demonstrations(
+        opened.rows, tokenizer, progress=lambda *counts: seen.append(counts), **narrow
+    )
+    assert seen == [(0, 53), (20, 53), (40, 53), (53, 53)]
 
     def never(*_):
         raise AssertionError("the set was scanned a second time")

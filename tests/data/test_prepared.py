@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -314,6 +315,43 @@ REAL = [
     ("math/openr_game24_train_dedup.jsonl.gz", "unpaired", 1000, 0),
     ("sentiment", "unpaired", 2 * 5331, 0),
 ]
+
+
+def rows_by_readme(text: str) -> dict[str, int]:
+    """Rows of each file of preferences, demonstrations, mathematics and sentiment that the README's table names."""
+    found = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        folder = cells[0].partition("/")[0]
+        if folder not in FOLDERS:
+            continue
+        first, *others = cells[0].split(", ")
+        head, brace, rest = first.partition("{")
+        inside, _, tail = rest.partition("}")
+        names = [f"{head}{part}{tail}" for part in inside.split(",")] if brace else [first]
+        names += [
+            first.rpartition(".")[0] + name if name.startswith(".") else f"{folder}/{name}" for name in others
+        ]
+        counts = [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", cells[2])]
+        counts *= len(names) if "each" in cells[2] else 1
+        found |= dict(zip(names, counts, strict=True))
+    return found
+
+
+FOLDERS = ("preferences", "demonstrations", "math", "sentiment")
+
+
+def test_every_file_that_is_there_is_prepared_below_with_the_rows_that_its_readme_says(shared_data):
+    counts = rows_by_readme((shared_data / "README.md").read_text())
+    there = {
+        str(file.relative_to(shared_data)) for name in FOLDERS for file in (shared_data / name).iterdir()
+    }
+    assert there == set(counts)
+    below = {name: records for name, _, records, _ in REAL}
+    assert below.pop("sentiment") == counts.pop("sentiment/rt-polarity.pos") + counts.pop(
+        "sentiment/rt-polarity.neg"
+    )
+    assert below == counts
 
 
 @pytest.mark.parametrize(("name", "kind", "records", "refused"), REAL)

@@ -66,6 +66,57 @@ ENTRY %main (a: bf16[128,64], b: bf16[4,64,32], i: s32[]) -> bf16[128,256] {
 }
 """
 
+TPU_LOOP = """HloModule loop, is_scheduled=true
+
+%scatter (input: f32[128,256]) -> f32[32,256] {
+  %input = f32[128,256]{1,0} parameter(0)
+  %sum = f32[128,256]{1,0} all-reduce(%input), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %mine = f32[32,256]{1,0} dynamic-slice(%sum, %zero, %zero), dynamic_slice_sizes={32,256}
+}
+
+%first (x: bf16[16,64]) -> bf16[128,64] {
+  %x = bf16[16,64]{1,0} parameter(0)
+  ROOT %gather.1 = bf16[128,64]{1,0} all-gather(%x), channel_id=2, CHAINED
+}
+
+%second (y: bf16[16,64]) -> bf16[128,64] {
+  %y = bf16[16,64]{1,0} parameter(0)
+  ROOT %gather.2 = bf16[128,64]{1,0} all-gather(%y), channel_id=2, CHAINED
+}
+
+%body (state: (s32[], f32[128,256], bf16[16,64])) -> (s32[], f32[128,256], bf16[16,64]) {
+  %state = (s32[], f32[128,256]{1,0}, bf16[16,64]{1,0}) parameter(0)
+  %step = s32[] get-tuple-element(%state), index=0
+  %gradient = f32[128,256]{1,0} get-tuple-element(%state), index=1
+  %weight = bf16[16,64]{1,0} get-tuple-element(%state), index=2
+  %one = s32[] constant(1)
+  %next = s32[] add(%step, %one)
+  %begin = bf16[128,64]{1,0} fusion(%weight), kind=kOutput, calls=%first
+  %end = bf16[128,64]{1,0} fusion(%weight), kind=kOutput, calls=%second
+  %scattered = f32[32,256]{1,0} fusion(%gradient), kind=kCustom, calls=%scatter
+  ROOT %out = (s32[], f32[128,256]{1,0}, bf16[16,64]{1,0}) tuple(%next, %gradient, %weight)
+}
+
+%condition (state.1: (s32[], f32[128,256], bf16[16,64])) -> pred[] {
+  %state.1 = (s32[], f32[128,256]{1,0}, bf16[16,64]{1,0}) parameter(0)
+  %step.1 = s32[] get-tuple-element(%state.1), index=0
+  %limit = s32[] constant(33)
+  ROOT %less = pred[] compare(%step.1, %limit), direction=LT
+}
+
+ENTRY %main (g: f32[128,256], w: bf16[16,64]) -> f32[128,256] {
+  %g = f32[128,256]{1,0} parameter(0)
+  %w = bf16[16,64]{1,0} parameter(1)
+  %start = s32[] constant(1)
+  %all = (s32[], f32[128,256]{1,0}, bf16[16,64]{1,0}) tuple(%start, %g, %w)
+  %loop = (s32[], f32[128,256]{1,0}, bf16[16,64]{1,0}) while(%all), condition=%condition, body=%body
+  ROOT %result = f32[128,256]{1,0} get-tuple-element(%loop), index=1
+}
+""".replace(
+    "CHAINED", """replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_1'}, frontend_attributes={chain_id="0"}"""
+)
+
 
 def test_what_a_tpu_program_says():
     """Its matrix products are convolutions inside fusions, and its communication starts and ends apart."""
@@ -75,3 +126,19 @@ def test_what_a_tpu_program_says():
     assert (gather.kind, gather.shape, gather.bytes, gather.devices) == ("all-gather", (128, 256), 65536, 8)
     # One of the four slices is read; the index is small change.
     assert counts.traffic == pytest.approx(2 * (128 * 64 + 64 * 32 + 128 * 32), abs=8)
+
+
+def test_what_a_tpu_leaves_unsaid():
+    """How long a loop is follows from its condition; a sum of which each device keeps a slice is a reduce-scatter; one
+    gather that goes on beside two fusions is one."""
+    counts = hlo.count(TPU_LOOP, unknown_trips=1000)
+    assert counts.unknown_loops == 0
+    gather, scatter = sorted(counts.collectives, key=lambda found: found.kind)
+    assert (gather.kind, gather.bytes, gather.devices, gather.times) == ("all-gather", 128 * 64 * 2, 8, 32)
+    assert (scatter.kind, scatter.bytes, scatter.devices, scatter.times) == (
+        "reduce-scatter",
+        128 * 256 * 4,
+        4,
+        32,
+    )
+    assert scatter.wire_bytes == 32 * 128 * 256 * 4 * 3 / 4

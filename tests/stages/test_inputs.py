@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import batches, packing, prepared
+from rlhf_jax.data.arithmetic import arithmetic_tokenizer
 from rlhf_jax.data.mixtures import Mixture
 from rlhf_jax.data.prepared import PreparedRows
 from rlhf_jax.data.rows import Demonstration, Prompt
@@ -34,13 +35,23 @@ def pair(i, prefix=""):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """pairs.jsonl and questions.jsonl, and prepared sets of both and of the pairs as rankings."""
+    """Files of pairs, questions, rankings and solutions in steps, and sets prepared from them."""
     folder = tmp_path_factory.mktemp("inputs")
     questions = [{"question": f"{WORDS[i]} ?", "answer": f"#### {i}"} for i in range(10)]
     ranked = [{"prompt": f"{i}", "responses": ["a", "b"], "ranks": [1, 2]} for i in range(4)]
-    for name, rows in (("pairs", [pair(i) for i in range(80)]), ("questions", questions), ("ranked", ranked)):
+    judged = [
+        {
+            "prompt": f"{i}+5=",
+            "completions": [f"{i}+5={i + 5}", "1" * (1 + i % 4)],
+            "labels": [[True, None], [False, 0.5], [True, True]][i % 3],
+        }
+        for i in range(20)
+    ]
+    every = {"pairs": [pair(i) for i in range(80)], "questions": questions, "ranked": ranked, "steps": judged}
+    for name, rows in every.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for name, kind in (("pairs", "preferences"), ("questions", "prompts"), ("ranked", "rankings")):
+    kinds = {"pairs": "preferences", "questions": "prompts", "ranked": "rankings", "steps": "steps"}
+    for name, kind in kinds.items():
         prepared.prepare(folder / f"{name}.jsonl", kind, folder / name)
     return folder
 
@@ -94,6 +105,34 @@ def test_sources_are_mixed_on_disk_and_in_memory(folder):
     assert [source.weight for source in encoded.sources] == [3.0, 1.0]
     iterator = inputs.demonstration_batches(BatchConfig(), encoded, batch_size=8, seed=0)
     assert next(iterator).tokens.shape == (8, 32)
+
+
+@pytest.mark.parametrize(("truncation", "response_length"), [("error", 20), ("keep_start", 10)])
+def test_steps_come_from_a_file_and_from_its_prepared_set(folder, truncation, response_length):
+    """Rows, what they are encoded as, what is left out, and batches."""
+    data = {"truncation": truncation, "prompt_length": 16, "response_length": response_length}
+    found = []
+    for name in ("steps.jsonl", "steps"):
+        split = inputs.load_process_steps(DataConfig(path=str(folder / name), format="prompts"))
+        rows, report = batches.encode_process_steps(
+            split.train, arithmetic_tokenizer(), step_mark=";", **data
+        )
+        iterator = batches.steps_batches(rows, batch_size=4, seed=0)
+        found.append((list(split.held_out), list(rows.rows), report, [next(iterator) for _ in range(4)]))
+    (*of_file, first), (*of_set, second) = found
+    assert of_file == of_set
+    assert bool(of_file[2].truncated) == (truncation != "error")
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    assert first[0].step_mask.any()
+
+
+def test_steps_that_hold_the_mark_are_found_when_a_set_is_scanned(folder):
+    split = inputs.load_process_steps(DataConfig(path=str(folder / "steps")))
+    how = {"prompt_length": 16, "response_length": 40, "step_mark": "="}
+    with pytest.raises(InputError, match=r"steps.jsonl:\d+ has 2 steps, and 3 when divided at '='.*drop"):
+        batches.encode_process_steps(split.train, arithmetic_tokenizer(), **how)
+    with pytest.raises(InputError, match="rows were dropped, .* divided at '=': give a --config.step_mark"):
+        batches.encode_process_steps(split.train, arithmetic_tokenizer(), truncation="drop", **how)
 
 
 BAD = [

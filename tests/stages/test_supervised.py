@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from rlhf_jax import checkpoints
-from rlhf_jax.data import prepared, world
+from rlhf_jax.data import batches, prepared, scans, world
 from rlhf_jax.errors import InputError
-from rlhf_jax.stages import reward_model, sft
+from rlhf_jax.stages import inputs, reward_model, sft, supervised
 from rlhf_jax.stages.inputs import BatchConfig, DataConfig
+from rlhf_jax.stages.run_directory import load_model, open_run
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 from rlhf_jax.training.loop import Schedule
 
@@ -64,6 +65,28 @@ def test_packed_sft_with_a_worker_process_resumes_in_mid_epoch_as_if_undisturbed
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     # No demonstration alone has more than 47 tokens.
     assert all(row["tokens"] > 8 * 48 for row in rows[1:])
+
+
+def test_a_request_to_stop_ends_a_scan_before_any_training(ladder, pairs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scans, "_CHUNK", 16)
+    data = DataConfig(path=str(pairs.with_suffix("")), prompt_length=15)
+    config = dataclasses.replace(SFT, model=sft.ModelSource(path=ladder.sft), data=data)
+    with pytest.raises(
+        Interrupted, match="SIGTERM: stopped while the data was scanned, before any training; run"
+    ):
+        sft.run(config, tmp_path, stop=StopAfter(1))
+    assert "sft: scans 64 rows, once for all runs" in capsys.readouterr().err
+    assert not list(pairs.with_suffix("").glob("scan-*partial*"))
+    supervised.encode_split(*_opened(config, tmp_path))
+    assert capsys.readouterr().err.count("scans 64 rows") == 1
+    supervised.encode_split(*_opened(config, tmp_path))
+    assert capsys.readouterr().err == ""
+
+
+def _opened(config, workdir):
+    run = open_run(workdir, "sft", config, inputs={}, parallelism="jit", mesh=None, stop=StopRequest())
+    model = load_model(config.model.path, run)
+    return run, config.data, model, inputs.load_demonstrations(config.data), batches.encode_demonstrations
 
 
 def test_buckets_resume_and_other_data_is_refused(ladder, pairs, tmp_path):
