@@ -6,10 +6,7 @@
 --config.loss.kind is dpo, robust, ipo, hinge (SLiC), simpo, orpo or kto.
 """
 
-import pathlib
-
 from experiments import launch
-from rlhf_jax.evaluation import report
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import dpo
@@ -21,6 +18,7 @@ INIT_FROM = launch.define_init_from(
 )
 PARALLELISM = launch.define_parallelism()
 MESH = launch.define_mesh()
+launch.define_distributed()
 
 
 def main(stop):
@@ -33,7 +31,7 @@ def main(stop):
         mesh=meshes.make_mesh(MESH.value),
         stop=stop,
     )
-    print(report.write_report(pathlib.Path(WORKDIR.value)))
+    launch.print_report(WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,9 @@ Against a reward model, on the embedded film reviews:
     python -m experiments.grpo --workdir=runs/grpo --init_from=runs/sft --reward_from=runs/reward_model
 """
 
-import pathlib
-
 from absl import flags
 
 from experiments import launch
-from rlhf_jax.evaluation import report
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import grpo
@@ -31,6 +28,7 @@ REWARD_FROM = flags.DEFINE_string(
 )
 PARALLELISM = launch.define_parallelism()
 MESH = launch.define_mesh()
+launch.define_distributed()
 
 
 def main(stop):
@@ -44,7 +42,7 @@ def main(stop):
         mesh=meshes.make_mesh(MESH.value),
         stop=stop,
     )
-    print(report.write_report(pathlib.Path(WORKDIR.value)))
+    launch.print_report(WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import dataclasses
 import inspect
 import os
 import pathlib
+import re
 import sys
+import traceback
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +19,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.evaluation import report
+from rlhf_jax.parallel import hosts
 from rlhf_jax.training.interrupt import Interrupted, StopRequest, stop_on_signals
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
@@ -59,6 +63,16 @@ def define_parallelism() -> flags.FlagHolder:
         "jit",
         ["jit", "pmap"],
         "How an update runs on many devices: jit with shardings, or pmap with replicas. The update is the same.",
+    )
+
+
+def define_distributed() -> flags.FlagHolder:
+    return flags.DEFINE_boolean(
+        "distributed",
+        False,
+        "This process is one of several that run this command, on hosts that share --workdir. Cloud TPU, SLURM and "
+        "Kubernetes say which; elsewhere set JAX_COORDINATOR_ADDRESS=<host of the first>:<port>, JAX_NUM_PROCESSES and "
+        "JAX_PROCESS_ID.",
     )
 
 
@@ -124,20 +138,27 @@ def launch(main: Callable[[StopRequest], None], config: type | None = None) -> N
             _stop_with(f"unexpected argument {argv[1]!r}; options start with --, see --help")
         logging.set_verbosity(logging.WARNING)
         enable_compilation_cache()
+        distributed = "distributed" in flags.FLAGS and flags.FLAGS.distributed
         try:
+            if distributed:
+                hosts.join()
             with stop_on_signals() as stop:
                 main(stop)
         except InputError as error:
-            _stop_with(str(error))
+            _end(f"error: {error}", 2, at_once=distributed)
         except Interrupted as interrupted:
             print(interrupted, file=sys.stderr)
+        except Exception as error:
+            if not distributed:
+                raise
+            _end(_of_a_lost_process(error) or traceback.format_exc(), 1, at_once=True)
 
     if config is not None:
         module = sys.modules["__main__"]
         fields = "Fields and the library's defaults (the config file may set others):"
         module.__doc__ = f"{module.__doc__}\n{fields}\n\n{describe(config)}"
     # absl lists the flags of the main module alone under --help; those defined here belong there too.
-    for name in ("config", "workdir", "init_from", "parallelism", "mesh"):
+    for name in ("config", "workdir", "init_from", "parallelism", "mesh", "distributed"):
         if name in flags.FLAGS:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     app.run(absl_main, flags_parser=_parse_flags)
@@ -164,6 +185,33 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def print_report(workdir: str) -> None:
+    """Writes a run's report and prints where it lies; of several processes the first one does."""
+    if hosts.is_main():
+        print(report.write_report(pathlib.Path(workdir)))
+
+
+def _of_a_lost_process(error: Exception) -> str | None:
+    """The sentence for an error that says that another process is gone, or None for any other."""
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
+    if not isinstance(error, jax.errors.JaxRuntimeError) or not re.search(
+        "gloo|connection|heartbeat|unavailable|barrier", reason, re.IGNORECASE
+    ):
+        return None
+    return (
+        f"error: process {jax.process_index()} of {jax.process_count()} has lost another one of this job ({reason}); "
+        "what is saved is whole: run the same command again on every host"
+    )
+
+
+def _end(message: str, status: int, *, at_once: bool) -> None:
+    """``at_once``: without waiting for other processes, which wait for this one and are to learn that it is gone."""
+    print(message, file=sys.stderr, flush=True)
+    if at_once:
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def _stop_with(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    _end(f"error: {message}", 2, at_once=False)

@@ -11,12 +11,9 @@ Against a process reward model, paid as steps end: --config.reward=process --con
 --config.reward=answer or sentiment.
 """
 
-import pathlib
-
 from absl import flags
 
 from experiments import launch
-from rlhf_jax.evaluation import report
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import ppo
@@ -34,6 +31,7 @@ REWARD_FROM = flags.DEFINE_string(
 )
 PARALLELISM = launch.define_parallelism()
 MESH = launch.define_mesh()
+launch.define_distributed()
 
 
 def main(stop):
@@ -47,7 +45,7 @@ def main(stop):
         mesh=meshes.make_mesh(MESH.value),
         stop=stop,
     )
-    print(report.write_report(pathlib.Path(WORKDIR.value)))
+    launch.print_report(WORKDIR.value)
 
 
 if __name__ == "__main__":

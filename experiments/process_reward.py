@@ -11,10 +11,7 @@
 Files in the formats of PRM800K, Math-Shepherd and TRL: --config.data.path=<file> --config.step_mark=$'\\n'
 """
 
-import pathlib
-
 from experiments import launch
-from rlhf_jax.evaluation import report
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import process_reward
@@ -26,6 +23,7 @@ INIT_FROM = launch.define_init_from(
 )
 PARALLELISM = launch.define_parallelism()
 MESH = launch.define_mesh()
+launch.define_distributed()
 
 
 def main(stop):
@@ -38,7 +36,7 @@ def main(stop):
         mesh=meshes.make_mesh(MESH.value),
         stop=stop,
     )
-    print(report.write_report(pathlib.Path(WORKDIR.value)))
+    launch.print_report(WORKDIR.value)
 
 
 if __name__ == "__main__":

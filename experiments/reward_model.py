@@ -3,10 +3,7 @@
 python -m experiments.reward_model --workdir=runs/reward_model --init_from=runs/sft
 """
 
-import pathlib
-
 from experiments import launch
-from rlhf_jax.evaluation import report
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import reward_model
@@ -18,6 +15,7 @@ INIT_FROM = launch.define_init_from(
 )
 PARALLELISM = launch.define_parallelism()
 MESH = launch.define_mesh()
+launch.define_distributed()
 
 
 def main(stop):
@@ -30,7 +28,7 @@ def main(stop):
         mesh=meshes.make_mesh(MESH.value),
         stop=stop,
     )
-    print(report.write_report(pathlib.Path(WORKDIR.value)))
+    launch.print_report(WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,7 @@ On a file of preferences (prompt/chosen/rejected, or transcript pairs) it learns
 --config.data.format=demonstrations the file holds prompt/response rows.
 """
 
-import pathlib
-
 from experiments import launch
-from rlhf_jax.evaluation import report
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import sft
@@ -20,6 +17,7 @@ CONFIG = launch.define_config("sft")
 WORKDIR = launch.define_workdir()
 PARALLELISM = launch.define_parallelism()
 MESH = launch.define_mesh()
+launch.define_distributed()
 
 
 def main(stop):
@@ -27,7 +25,7 @@ def main(stop):
     sft.run(
         config, WORKDIR.value, parallelism=PARALLELISM.value, mesh=meshes.make_mesh(MESH.value), stop=stop
     )
-    print(report.write_report(pathlib.Path(WORKDIR.value)))
+    launch.print_report(WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Orbax checkpoints: exact resume within a stage, and the hand-off from one stage to the next. Imports errors only.
+"""Orbax checkpoints: exact resume within a stage, and the hand-off from one stage to the next. Imports errors, hosts.
 
 A run directory holds ``checkpoints/<step>/`` (one bundle of everything the next step depends on: train state, data
 iterator, host counters) and, once the stage is done, ``handoff/`` (params, tokenizer, and a ``handoff.json`` that
@@ -8,13 +8,18 @@ file let a damaged checkpoint be named and skipped.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent import futures
 from typing import Any
 
 import grain
@@ -23,26 +28,31 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.parallel import hosts
 
 
 class Checkpoints:
     """The checkpoints of one run: asynchronous, atomic, the newest ``keep`` of them kept.
 
+    Every process of a job calls every method; what lies in a directory is decided by the first of them.
+
     Raises:
       InputError: if the directory cannot be made or written.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, keep: int = 2):
+    def __init__(self, workdir: pathlib.Path, *, keep: int = 2, keep_every: int = 0):
+        """``keep_every``: checkpoints of steps that it divides are kept for good; 0: none."""
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"cannot write to workdir {workdir}: {error.strerror}; give a writable one"
-            ) from error
+        hosts.decided_by_main(self._prepare)
         self._manager = ocp.CheckpointManager(
-            self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, keep_period=keep_every or None, create=False
+            ),
         )
+        self._finisher = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="finish-checkpoint")
+        self._finishing: futures.Future | None = None
+        self._step = 0
 
     def save(self, step: int, state: Any, iterator: grain.DatasetIterator, host: Mapping[str, Any]) -> None:
         """Starts saving a bundle; returns once the state is copied, before it is on disk.
@@ -52,18 +62,44 @@ class Checkpoints:
           state: a pytree of arrays and typed keys.
           iterator: its position is saved as of this call; a JSON-able state, the same on every process.
           host: JSON-able counters.
+
+        Raises:
+          InputError: this or the save before it cannot be written; what was whole still is.
         """
-        self._write_digests()
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                # Grain's own handler writes a file a process, and finds none where there are more of them, or fewer.
-                data=ocp.args.JsonSave(iterator.get_state()),
-                host=ocp.args.JsonSave(dict(host)),
-            ),
-            force=True,
-        )
+        self.wait()
+        self._step = step
+        with self._said_in_a_sentence(step):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    # Grain's own handler writes a file a process, and finds none where there are more of them.
+                    data=ocp.args.JsonSave(iterator.get_state()),
+                    # Written later, while the loop counts on.
+                    host=ocp.args.JsonSave(copy.deepcopy(dict(host))),
+                ),
+                force=True,
+            )
+        self._finishing = self._finisher.submit(self._finish)
+
+    def check(self) -> None:
+        """Looks, without waiting, whether the save under way has failed.
+
+        Raises:
+          InputError: it has.
+        """
+        if self._finishing is not None and self._finishing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the save under way is on disk, digests and all.
+
+        Raises:
+          InputError: it cannot be written.
+        """
+        finishing, self._finishing = self._finishing, None
+        if finishing is not None:
+            finishing.result()
 
     def restore_newest(self, state: Any, iterator: grain.DatasetIterator) -> tuple[int, Any, dict] | None:
         """The newest sound checkpoint as (step, state, host), or None if there is none at all.
@@ -79,7 +115,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             path = self.directory / str(step)
-            problem = find_damage(path, self._digest_path(step))
+            problem = hosts.decided_by_main(functools.partial(find_damage, path, self._digest_path(step)))
             if problem is None:
                 try:
                     restored = self._manager.restore(
@@ -106,31 +142,80 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._write_digests()
-        self._manager.close()
+        """Waits until everything is on disk.
+
+        Raises:
+          InputError: the last save cannot be written.
+        """
+        try:
+            self.wait()
+        finally:
+            self._finisher.shutdown()
+            with self._said_in_a_sentence(self._step):  # Orbax says once more what failed
+                self._manager.close()
+
+    def _prepare(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"cannot write to workdir {self.directory.parent}: {error.strerror}; give a writable one"
+            ) from error
 
     def _set_aside(self, steps: Iterable[int]) -> None:
-        for step in steps:
-            aside = self.directory / f"damaged.{step}"
-            shutil.rmtree(aside, ignore_errors=True)
-            (self.directory / str(step)).rename(aside)
-            self._digest_path(step).unlink(missing_ok=True)
+        def rename() -> None:
+            for step in steps:
+                aside = self.directory / f"damaged.{step}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(step)).rename(aside)
+                self._digest_path(step).unlink(missing_ok=True)
+
+        hosts.decided_by_main(rename)
         self._manager.reload()
 
     def _digest_path(self, step: int) -> pathlib.Path:
-        return self.directory / f"{step}.sha256.json"
+        return self.directory / f"{step}{_DIGESTS}"
 
-    def _write_digests(self) -> None:
+    def _finish(self) -> None:
         """Once a save has landed, its digests go beside it, and digests of deleted checkpoints go away."""
-        self._manager.wait_until_finished()
-        steps = set(self._manager.all_steps())
-        for step in steps:
-            if not self._digest_path(step).exists():
-                _write_json(self._digest_path(step), _digests(self.directory / str(step)))
-        for path in self.directory.glob("*.sha256.json"):
-            if int(path.name.split(".")[0]) not in steps:
-                path.unlink()
+        with self._said_in_a_sentence(self._step):
+            self._manager.wait_until_finished()
+            if not hosts.is_main():
+                return
+            steps = set(self._manager.all_steps())
+            for whole in steps:
+                if not self._digest_path(whole).exists():
+                    _write_json(self._digest_path(whole), _digests(self.directory / str(whole)))
+            for path in self.directory.glob(f"*{_DIGESTS}"):
+                if path.name.removesuffix(_DIGESTS) not in map(str, steps):
+                    path.unlink()
+
+    @contextlib.contextmanager
+    def _said_in_a_sentence(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            problem = _storage_problem(error)
+            if problem is None:
+                raise
+            whole = [str(path.name) for path in self.directory.glob("*") if path.name.isdecimal()]
+            kept = f"step {max(whole, key=int)} is saved there" if whole else "nothing was saved there yet"
+            raise InputError(
+                f"cannot save step {step} in {self.directory}: {problem}; {kept}; make room or mend the disk, then run "
+                "the same command again"
+            ) from error
+
+
+# After a step's number: the SHA-256 of each of its files.
+_DIGESTS = ".sha256.json"
+
+
+def _storage_problem(error: Exception) -> str | None:
+    """What a disk said, or None where it is not a disk's doing; TensorStore's ValueError has it in its text."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    found = re.search(r"([^:]+) \[os_error_code='\d+'", str(error))
+    return found and found.group(1).strip()
 
 
 def find_damage(directory: pathlib.Path, digest_path: pathlib.Path) -> str | None:
@@ -147,7 +232,12 @@ def find_damage(directory: pathlib.Path, digest_path: pathlib.Path) -> str | Non
             return f"{name} is missing"
         if _sha256(file) != digest:
             return f"{name} does not match its SHA-256"
-    return None
+    foreign = _files(directory) - set(digests) - _BESIDE
+    return f"{min(foreign)} does not belong there" if foreign else None
+
+
+# What a hand-off holds beside the files that its digests are of.
+_BESIDE = {"digests.json", "handoff.json"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,20 +291,40 @@ def save_handoff(
     *,
     adapter: Any = None,
 ) -> pathlib.Path:
-    """Writes ``workdir/handoff`` aside and renames it into place; returns its path."""
+    """Writes ``workdir/handoff`` aside and renames it into place; returns its path.
+
+    Raises:
+      InputError: the disk does not take it.
+    """
     target = handoff_path(workdir)
     aside = target.with_name("handoff.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(aside / "params", params)
-        if adapter is not None:
-            checkpointer.save(aside / ADAPTER, adapter)
-        checkpointer.wait_until_finished()
-    save_tokenizer(aside / "tokenizer")
-    _write_json(aside / "digests.json", _digests(aside))
-    _write_json(aside / "handoff.json", dataclasses.asdict(handoff))
-    os.rename(aside, target)
+
+    def begin() -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+
+    def finish() -> None:
+        save_tokenizer(aside / "tokenizer")
+        _write_json(aside / "digests.json", _digests(aside))
+        _write_json(aside / "handoff.json", dataclasses.asdict(handoff))
+        os.rename(aside, target)
+
+    try:
+        hosts.decided_by_main(begin)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(aside / "params", params)
+            if adapter is not None:
+                checkpointer.save(aside / ADAPTER, adapter)
+            checkpointer.wait_until_finished()
+        hosts.decided_by_main(finish)
+    except (OSError, ValueError) as error:
+        problem = _storage_problem(error)
+        if problem is None:
+            raise
+        raise InputError(
+            f"cannot leave the hand-off {target}: {problem}; make room or mend the disk, then run the same command "
+            "again"
+        ) from error
     return target
 
 
@@ -229,7 +339,7 @@ def load_handoff(workdir: str | pathlib.Path) -> tuple[Handoff, pathlib.Path]:
         raise InputError(f"there is no run at {workdir}; give the --workdir of a finished stage")
     if not (path / "handoff.json").exists():
         raise InputError(f"the run at {workdir} has left no hand-off yet; run its stage to the end first")
-    damage = find_damage(path, path / "digests.json")
+    damage = hosts.decided_by_main(functools.partial(find_damage, path, path / "digests.json"))
     if damage:
         raise InputError(
             f"the hand-off {path} is damaged ({damage}); run that stage again in a fresh workdir"
@@ -267,8 +377,11 @@ def restore_params(
 
 
 def _digests(directory: pathlib.Path) -> dict[str, str]:
-    files = sorted(file for file in directory.rglob("*") if file.is_file())
-    return {str(file.relative_to(directory)): _sha256(file) for file in files}
+    return {name: _sha256(directory / name) for name in sorted(_files(directory))}
+
+
+def _files(directory: pathlib.Path) -> set[str]:
+    return {str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()}
 
 
 def _sha256(file: pathlib.Path) -> str:

@@ -1,9 +1,14 @@
 """Checkpoints come back exactly or are named as damaged; a hand-off appears whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
 import pathlib
+import re
+import shutil
+import subprocess
+import sys
 
 import grain
 import jax
@@ -73,7 +78,7 @@ def test_the_newest_bundle_comes_back_exactly_and_old_ones_go(tmp_path):
         assert digests == sha256_of_files(tmp_path / "checkpoints" / step)
 
 
-@pytest.mark.parametrize("damage", ["cut", "digests", "no digests, cut"])
+@pytest.mark.parametrize("damage", ["cut", "digests", "no digests, cut", "foreign file", "foreign folder"])
 def test_a_damaged_bundle_is_named_and_the_one_before_it_used(damage, tmp_path, caplog):
     save_steps(tmp_path, [2, 3])
     folder = tmp_path / "checkpoints"
@@ -85,12 +90,95 @@ def test_a_damaged_bundle_is_named_and_the_one_before_it_used(damage, tmp_path, 
         (folder / "3.sha256.json").write_text("{")
     if damage.startswith("no digests"):  # as after a kill between a save and its digests
         (folder / "3.sha256.json").unlink()
+    if damage == "foreign file":
+        (folder / "3" / "state" / "0.0.0").write_bytes(b"of another run")
+    if damage == "foreign folder":
+        shutil.rmtree(folder / "3")
+        (folder / "3.sha256.json").unlink()
+        other = tmp_path / "other"
+        saver = Checkpoints(other)
+        saver.save(3, {"another": jnp.ones(3)}, numbers(), {})
+        saver.close()
+        (other / "checkpoints" / "3").rename(folder / "3")
+        (folder / "notes.sha256.json").write_text("not ours, and no step's")
     step, state, *_ = restore(tmp_path)
     assert step == 2 and float(state["w"][0, 0]) == 2.0
     assert any(f"{folder / '3'} is damaged" in record.getMessage() for record in caplog.records)
     assert (folder / "damaged.3" / "state").exists(), "nothing is deleted"
     save_steps(tmp_path, [3])
     assert restore(tmp_path)[0] == 3, "the step can be saved again"
+
+
+FULL = """
+import json, pathlib, sys
+import grain, jax.numpy as jnp, numpy as np
+from rlhf_jax.checkpoints import Checkpoints
+from rlhf_jax.errors import InputError
+
+def rng(step):
+    return np.random.default_rng(step).random(150_000, np.float32)
+
+saver, said = Checkpoints(pathlib.Path(sys.argv[1])), []
+dataset = grain.MapDataset.range(10).repeat(5).batch(3).to_iter_dataset(grain.ReadOptions(num_threads=0))
+try:
+    for step in (1, 2, 3, 4):
+        saver.save(step, {"w": jnp.asarray(rng(step))}, iter(dataset), {})
+except InputError as error:
+    said.append(str(error))
+try:
+    saver.close()
+except InputError as error:
+    said.append(str(error))
+found = Checkpoints(pathlib.Path(sys.argv[1])).restore_newest({"w": jnp.zeros(150_000)}, iter(dataset))
+print(json.dumps([said, found[0], bool((found[1]["w"] == rng(found[0])).all())]))
+"""
+
+
+def test_a_full_disk_stops_in_a_sentence_and_the_last_checkpoint_stays_whole(tmp_path):
+    """On a real file system of 1.5 MB, which a private name space of the kernel lends."""
+    private = [
+        "unshare",
+        "-Urm",
+        "sh",
+        "-c",
+        'mount -t tmpfs -o size=1500k none "$0" && exec "$@"',
+        str(tmp_path),
+    ]
+    if shutil.which("unshare") is None or subprocess.run([*private, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lends no private file system: unshare -Urm mount -t tmpfs")
+    child = [sys.executable, "-c", FULL, str(tmp_path / "run")]
+    finished = subprocess.run([*private, *child], capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    said, step, same = json.loads(finished.stdout)
+    kept = (
+        f"cannot save step {step + 1} in .*: No space left on device; step {step} is saved there; make room"
+    )
+    assert step >= 1 and same
+    assert len(said) >= 1 and all(re.search(kept, sentence) for sentence in said), said
+
+
+@pytest.mark.parametrize("when", ["at once", "in the background"])
+def test_a_save_that_the_disk_refuses_is_an_error_at_the_next_look(when, tmp_path, monkeypatch):
+    saver, iterator = Checkpoints(tmp_path), numbers()
+    saver.save(1, state_of(1), iterator, {})
+    saver.wait()
+    refused = OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    def refuse(*_, **__):
+        raise refused
+
+    at_once = when == "at once"
+    monkeypatch.setattr(saver._manager, "save" if at_once else "wait_until_finished", refuse)
+    expected = (
+        r"cannot save step 2 in .*: Disk quota exceeded; step 1 is saved there; make room or mend the disk"
+    )
+    with pytest.raises(InputError, match=expected):
+        saver.save(2, state_of(2), iterator, {})
+        while True:
+            saver.check()
+    monkeypatch.undo()
+    saver.close()
+    assert restore(tmp_path)[0] >= 1
 
 
 def test_find_damage(tmp_path):
@@ -101,6 +189,9 @@ def test_find_damage(tmp_path):
     assert find_damage(files, digests) is None, "without digests nothing is known"
     digests.write_text(json.dumps(sha256_of_files(files)))
     assert find_damage(files, digests) is None
+    (files / "stray").write_bytes(b"of another run")
+    assert find_damage(files, digests) == "stray does not belong there"
+    (files / "stray").unlink()
     (files / "deep" / "b").write_bytes(b"secone")
     assert find_damage(files, digests) == "deep/b does not match its SHA-256"
     (files / "deep" / "b").unlink()

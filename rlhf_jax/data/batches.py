@@ -114,6 +114,10 @@ def _make_batch(encoded: Encoded, indices: np.ndarray) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *laid_out)
 
 
+def _sources(encoded: Encoded, numbers: np.ndarray) -> list[str]:
+    return [row.row.source for row in mixtures.fetch(encoded.rows, numbers)]
+
+
 def demonstration_batches(
     encoded: Encoded[EncodedDemonstration],
     *,
@@ -178,7 +182,13 @@ def packed_batches(
     bins = packing.pack(lengths_of(encoded).sum(axis=1), width, seed)
     order = pipeline.row_order([pipeline.Source(start=0, count=len(bins))], seed).batch(batch_size)
     make = functools.partial(_make_packed, encoded, bins)
-    return pipeline.batches(order, make, share, identity=_identity(encoded, batch_size, seed, "packed"))
+    identity = _identity(encoded, batch_size, seed, "packed")
+    sources = functools.partial(_packed_sources, encoded, bins)
+    return pipeline.batches(order, make, share, identity=identity, sources_of=sources)
+
+
+def _packed_sources(encoded: Encoded, bins: packing.Bins, numbers: np.ndarray) -> list[str]:
+    return _sources(encoded, np.concatenate([bins.of(int(number)) for number in numbers]))
 
 
 def _make_packed(encoded: Encoded, bins: packing.Bins, numbers: np.ndarray) -> DemonstrationBatch:
@@ -224,17 +234,18 @@ def _batches(
     if num_buckets < 1:
         raise InputError(f"the number of buckets is {num_buckets}: give 1 or more.")
     identity = _identity(encoded, batch_size, seed, num_buckets)
+    sources = functools.partial(_sources, encoded)
     if num_buckets == 1:
-        sources = encoded.sources or (pipeline.Source(start=0, count=len(encoded)),)
-        order = pipeline.row_order(sources, seed).batch(batch_size)
-        return pipeline.batches(order, functools.partial(_make_batch, encoded), share, identity=identity)
+        parts = encoded.sources or (pipeline.Source(start=0, count=len(encoded)),)
+        order = pipeline.row_order(parts, seed).batch(batch_size)
+        make = functools.partial(_make_batch, encoded)
+        return pipeline.batches(order, make, share, identity=identity, sources_of=sources)
     if encoded.sources:
         raise InputError("buckets keep no weights of sources: give one source, or one bucket.")
     buckets = bucketed(encoded, num_buckets)
     order = pipeline.batch_order(buckets.rows(), batch_size, seed)
-    return pipeline.batches(
-        order, functools.partial(_make_bucketed, encoded, buckets), share, identity=identity
-    )
+    make = functools.partial(_make_bucketed, encoded, buckets)
+    return pipeline.batches(order, make, share, identity=identity, sources_of=sources)
 
 
 def _make_bucketed(encoded: Encoded, buckets: Buckets, indices: np.ndarray) -> Any:

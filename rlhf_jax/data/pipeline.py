@@ -106,17 +106,21 @@ class BatchIterator(grain.DatasetIterator):
     A Grain iterator, so that it stands wherever one of Grain's own does.
     """
 
-    def __init__(self, dataset: grain.MapDataset, *, identity: str, num_workers: int = 0):
+    def __init__(
+        self, dataset: grain.MapDataset, *, identity: str, sources: grain.MapDataset, num_workers: int = 0
+    ):
         """Begins with the first batch.
 
         Args:
           dataset: from the number of a batch to the batch.
           identity: what decides which batch has which number; a state of another is refused.
+          sources: from the number of a batch to where its rows came from, those of all processes.
           num_workers: processes that make batches ahead of time.
         """
         super().__init__()
         self._dataset = dataset
         self._identity = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self._sources = sources
         self._num_workers = num_workers
         self._next = 0
         self._ahead: grain.DatasetIterator | None = None
@@ -143,6 +147,10 @@ class BatchIterator(grain.DatasetIterator):
         options = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=_READY)
         self._ahead = iter(rest.mp_prefetch(options, worker_init_fn=_begin_worker))
         self._ahead.start_prefetch()
+
+    def sources_of(self, number: int) -> list[str]:
+        """Where the rows of a batch (from 0) came from, those of all processes."""
+        return self._sources[number]
 
     def get_state(self) -> dict[str, Any]:
         """The number of the next batch, and what numbers mean."""
@@ -195,8 +203,15 @@ def _end_with_the_parent() -> None:
 
 
 def batches(
-    order: grain.MapDataset, make_batch: Callable[[np.ndarray], Any], share: Share, *, identity: str
+    order: grain.MapDataset,
+    make_batch: Callable[[np.ndarray], Any],
+    share: Share,
+    *,
+    identity: str,
+    sources_of: Callable[[np.ndarray], list[str]],
 ) -> BatchIterator:
     """An iterator over what ``make_batch`` makes of each batch's row numbers, of which a process reads its share."""
     made = order.map(share.of).map(make_batch)
-    return BatchIterator(made, identity=identity, num_workers=share.num_workers)
+    return BatchIterator(
+        made, identity=identity, sources=order.map(sources_of), num_workers=share.num_workers
+    )

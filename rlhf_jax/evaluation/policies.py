@@ -20,6 +20,7 @@ from rlhf_jax.evaluation.diversity import distinct_n
 from rlhf_jax.losses import full_kl
 from rlhf_jax.models import decoder
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model
 from rlhf_jax.sampling.generate import SamplingConfig, generate
@@ -74,15 +75,16 @@ def text_reward(tokenizer: Any, reward: Callable[[Any, str, bool], float]) -> Ro
     """A reward of text, on the host: ``reward(data row, response, whether it ended by itself)`` -> float."""
 
     def measure(rollout: Rollout, rows: Sequence[Any]) -> np.ndarray:
-        rollout = jax.device_get(rollout)
-        responses = response_texts(tokenizer, rollout)
-        return np.array(
-            [
-                reward(row, response, bool(ended))
-                for row, response, ended in zip(rows, responses, rollout.terminated, strict=True)
-            ],
-            np.float32,
-        )
+        rollout = hosts.fetch(rollout)
+
+        def judge(numbers: Sequence[int]) -> np.ndarray:
+            part = jax.tree.map(lambda x: x[np.asarray(numbers)] if np.ndim(x) else x, rollout)
+            texts = zip(numbers, response_texts(tokenizer, part), part.terminated, strict=True)
+            return np.array(
+                [reward(rows[i], response, bool(ended)) for i, response, ended in texts], np.float32
+            )
+
+        return hosts.judge_rows(judge, len(rows))
 
     return measure
 
@@ -136,9 +138,9 @@ def make_sampler(judge: Judge, sampling: SamplingConfig, mesh: jax.sharding.Mesh
                 params, judge.reference, tokens, token_mask, jax.random.fold_in(key, index)
             )
             rows = [encoded.rows[i].row for i in batch["index"]]
-            proxy = jax.device_get(judge.reward(rollout, rows))
+            proxy = hosts.fetch(judge.reward(rollout, rows))
             gold = None if judge.gold is None else judge.gold(rollout, rows)
-            rollout, kl = jax.device_get((rollout, kl))
+            rollout, kl = hosts.fetch((rollout, kl))
             responses = response_texts(judge.tokenizer, rollout)
             samples += [
                 Sample(

@@ -1,4 +1,4 @@
-"""A device mesh, where batches and parameters live on it, and a step compiled for it. Imports errors and sharding only.
+"""A device mesh, where batches and parameters live on it, and a step compiled for it. Imports errors, sharding, hosts.
 
 A mesh has three axes. ``data``: rows, with parameters whole. ``fsdp``: rows too, and parameters cut along their width,
 gathered layer by layer where they are used. ``tensor``: heads, the hidden units of the MLP and the vocabulary.
@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.parallel import sharding
+from rlhf_jax.parallel import hosts, sharding
 
 DATA_AXIS = "data"
 AXES = (DATA_AXIS, "fsdp", "tensor")
@@ -94,9 +94,13 @@ def check_rows(mesh: jax.sharding.Mesh, rows: int, name: str) -> None:
 
 
 def check_parallelism(mesh: jax.sharding.Mesh, parallelism: Parallelism) -> None:
-    """Raises InputError for a path that is none, or ``pmap`` on a mesh that splits parameters."""
+    """Raises InputError for a path that is none, or ``pmap`` where parameters are split or processes several."""
     if parallelism not in ("jit", "pmap"):
         raise InputError(f"--parallelism={parallelism!r}; use 'jit' or 'pmap'")
+    if parallelism == "pmap" and jax.process_count() > 1:
+        raise InputError(
+            f"--parallelism=pmap runs in one process, and this job has {jax.process_count()}; use jit"
+        )
     if parallelism == "pmap" and mesh.shape[DATA_AXIS] != mesh.size:
         raise InputError(
             f"--parallelism=pmap holds whole parameters on every device, and the mesh splits them "
@@ -104,9 +108,52 @@ def check_parallelism(mesh: jax.sharding.Mesh, parallelism: Parallelism) -> None
         )
 
 
+def put(tree: Any, places: Any) -> Any:
+    """Places arrays, each process having all of those that are not placed yet.
+
+    Args:
+      tree: arrays, typed keys among them.
+      places: a tree like it of shardings.
+    """
+
+    def place(x: Any, where: jax.sharding.Sharding) -> Any:
+        # device_put takes no typed key to devices of other processes.
+        if not where.is_fully_addressable and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.jit(lambda key: key, out_shardings=where)(x)
+        return jax.device_put(x, where)
+
+    return jax.tree.map(place, tree, places)
+
+
 def put_rows(mesh: jax.sharding.Mesh, batch: Any) -> Any:
-    """Places a pytree of [B, ...] arrays, rows split over the devices that split rows."""
-    return jax.device_put(batch, by_rows(mesh))
+    """Places a pytree of [B, ...] arrays that every process has, rows split over the devices that split rows."""
+    where = by_rows(mesh)
+    if where.is_fully_addressable:
+        return jax.device_put(batch, where)
+
+    def place(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, where)
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
+
+    return jax.tree.map(place, batch)
+
+
+def put_own_rows(mesh: jax.sharding.Mesh, batch: Any) -> Any:
+    """As `put_rows`, where each process has [B / processes, ...] NumPy arrays; those of the first come first."""
+    where = by_rows(mesh)
+    if where.is_fully_addressable:
+        return jax.device_put(batch, where)
+    own = jax.tree.leaves(batch)[0].shape[0]
+    begin, whole = own * jax.process_index(), own * jax.process_count()
+    wanted = {
+        index[0].indices(whole)[:2] for index in where.addressable_devices_indices_map((whole,)).values()
+    }
+    if min(start for start, _ in wanted) == begin and max(stop for _, stop in wanted) == begin + own:
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x), batch)
+    # Devices of this process hold rows that another one has read, as where ``tensor`` spans processes.
+    return put_rows(mesh, hosts.gather_rows(batch))
 
 
 def jit_step(

@@ -18,8 +18,8 @@ import numpy as np
 from rlhf_jax.data import batches
 from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.parallel import sharding
 from rlhf_jax.stages import adapters, inputs
 from rlhf_jax.stages.preference_objectives import (
     PreferenceLoss,
@@ -83,7 +83,7 @@ def make_evaluator(model: ModelConfig, encoded: Any, config: Config, reference: 
     def evaluate(params) -> Mapping[str, float]:
         margins = np.concatenate(
             [
-                np.asarray(margins_of(params, reference, meshes.put_rows(run.mesh, batch)))[rows]
+                hosts.fetch(margins_of(params, reference, meshes.put_rows(run.mesh, batch)))[rows]
                 for batch, rows in batches.eval_batches(encoded, config.batch_size)
             ]
         )

@@ -16,8 +16,8 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import count, mean_of, merge
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.parallel import sharding
 from rlhf_jax.stages import adapters, rollouts
 from rlhf_jax.stages.run_directory import (
     Model,
@@ -239,18 +239,21 @@ def train(
         num_minibatches=config.num_minibatches,
         gold=None if gold is None else rollouts.of_prompts(gold, encoded),
     )
+    iterator = batches.prompt_batches(
+        encoded,
+        batch_size=config.batch_size // method.group_size * method.rounds,
+        seed=run.data_seed(config.seed),
+        share=run.share,
+    )
     progress = Progress(
         run.stage, config.schedule.num_steps, ("proxy", "gold", "kl", "length"), line_every=10
     )
     try:
         return fit(
-            state=jax.device_put(state, places),
-            step=iterate,
-            batches=batches.prompt_batches(
-                encoded,
-                batch_size=config.batch_size // method.group_size * method.rounds,
-                seed=run.data_seed(config.seed),
-            ),
+            state=meshes.put(state, places),
+            # Prompts are small, and a method may choose among those of the whole batch.
+            step=lambda state, prompts: iterate(state, hosts.gather_rows(prompts)),
+            batches=iterator,
             schedule=config.schedule,
             workdir=run.workdir,
             progress=progress,
@@ -258,6 +261,7 @@ def train(
             evaluate=lambda state: evaluate(method.policy_of(state.train.params)),
             skipped_updates=lambda state: state.train.skipped,
             enough=config.stop_when,
+            sources_of=iterator.sources_of,
         )
     finally:
         progress.close()

@@ -21,8 +21,8 @@ from rlhf_jax.losses import process_reward_loss
 from rlhf_jax.metrics import count
 from rlhf_jax.models import heads
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards import process_model
 from rlhf_jax.stages import adapters, inputs
 from rlhf_jax.stages.run_directory import Purpose, Run, leave_handoff, load_model, open_run
@@ -84,7 +84,7 @@ def make_step_scorer(model: ModelConfig, encoded: Any, batch_size: int, run: Run
     def score(params) -> tuple[np.ndarray, np.ndarray]:
         logits, labels = [], []
         for batch, rows in batches.eval_batches(encoded, batch_size):
-            found = np.asarray(logits_of(params, meshes.put_rows(run.mesh, batch.responses)))
+            found = hosts.fetch(logits_of(params, meshes.put_rows(run.mesh, batch.responses)))
             judged = batch.step_mask & rows[:, None]
             logits.append(found[judged])
             labels.append(batch.step_labels[judged])
@@ -138,10 +138,10 @@ def run(
         config,
         model=model.config,
         objective=make_objective(model.config),
-        params=jax.device_put(params, sharding.parameter_sharding(run_.mesh, model.config, params)),
+        params=meshes.put(params, sharding.parameter_sharding(run_.mesh, model.config, params)),
         frozen={},
         iterator=batches.steps_batches(
-            train_rows, batch_size=config.batch_size, seed=run_.data_seed(config.seed)
+            train_rows, batch_size=config.batch_size, seed=run_.data_seed(config.seed), share=run_.share
         ),
         evaluate=evaluate,
         shown=("loss", "accuracy"),

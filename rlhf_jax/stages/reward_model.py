@@ -27,8 +27,8 @@ from rlhf_jax.losses import bradley_terry_loss
 from rlhf_jax.metrics import count, mean_of
 from rlhf_jax.models import heads
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards import ensembles, reward_model
 from rlhf_jax.stages import adapters, inputs
 from rlhf_jax.stages.run_directory import (
@@ -142,7 +142,7 @@ def make_pair_scorer(model: ModelConfig, encoded: Any, batch_size: int, run: Run
     def score_pairs(params) -> tuple[np.ndarray, np.ndarray]:
         chosen, rejected = [], []
         for batch, rows in batches.eval_batches(encoded, batch_size):
-            first, second = jax.device_get(score(params, meshes.put_rows(run.mesh, batch)))
+            first, second = hosts.fetch(score(params, meshes.put_rows(run.mesh, batch)))
             chosen.append(first[..., rows])
             rejected.append(second[..., rows])
         return np.concatenate(chosen, axis=-1), np.concatenate(rejected, axis=-1)
@@ -186,7 +186,7 @@ def run(
         params = ensembles.init_ensemble(model.config, decoder, key, size=config.members)
     else:
         params = {"decoder": decoder, "head": heads.init_scalar_head(model.config, key)}
-    params = jax.device_put(params, sharding.parameter_sharding(run_.mesh, model.config, params))
+    params = meshes.put(params, sharding.parameter_sharding(run_.mesh, model.config, params))
     loss = {
         "margin": config.margin,
         "label_smoothing": config.label_smoothing,
@@ -261,7 +261,8 @@ def _compare(rows, chosen, rejected, run_: Run) -> dict[str, float]:
         facts["bayes_accuracy"] = world.bayes_accuracy(rows)
     curve = calibration.reliability(margins)
     facts["calibration_error"] = calibration.expected_calibration_error(curve)
-    (run_.workdir / "margins.json").write_text(
-        json.dumps({"margins": [round(float(m), 4) for m in margins], "reliability": curve})
-    )
+    if hosts.is_main():
+        (run_.workdir / "margins.json").write_text(
+            json.dumps({"margins": [round(float(m), 4) for m in margins], "reliability": curve})
+        )
     return facts

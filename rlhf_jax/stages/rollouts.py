@@ -17,8 +17,8 @@ from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.evaluation import policies
 from rlhf_jax.evaluation.policies import RowReward
 from rlhf_jax.metrics import mean_of
+from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards import ensembles, objectives, process, process_model, reward_model, sentiment, verifiers
 from rlhf_jax.sampling.generate import SamplingConfig, generate
 from rlhf_jax.stages import inputs
@@ -99,7 +99,7 @@ def make_collect(
             if rounds == 1:
                 return found[0], repeated["index"], {}
             learned_from = reward_model.replace_unfinished(scores, sampled.terminated, missing_eos_score)
-            groups = np.asarray(learned_from).reshape(-1, group_size)
+            groups = hosts.fetch(learned_from).reshape(-1, group_size)
             spread.append((groups != groups[:, :1]).any(axis=1))
             if sum(kept.sum() for kept in spread) >= count_of_prompts:
                 break
@@ -410,7 +410,7 @@ def make_alarm(
     def scores_of(params: Any, key: jax.Array) -> np.ndarray:
         parts = []
         for number, (batch, real) in enumerate(batches.eval_batches(held_out, config.batch_size)):
-            found = np.asarray(of_members(rollout(params, batch, jax.random.fold_in(key, number), 0)))
+            found = hosts.fetch(of_members(rollout(params, batch, jax.random.fold_in(key, number), 0)))
             parts.append(found[:, real])
         return np.concatenate(parts, axis=1)
 

@@ -19,13 +19,14 @@ import tqdm
 from absl import logging
 
 from rlhf_jax import __version__, checkpoints
+from rlhf_jax.data import pipeline
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.data.batches import EncodeReport
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import decoder, huggingface
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.parallel import sharding
 from rlhf_jax.stages import adapters
 from rlhf_jax.stages.config import differences
 from rlhf_jax.training.interrupt import StopRequest
@@ -61,6 +62,11 @@ class Run:
     @property
     def finished(self) -> bool:
         return checkpoints.is_finished(self.workdir)
+
+    @property
+    def share(self) -> pipeline.Share:
+        """What this process reads of every batch."""
+        return pipeline.Share(process_index=jax.process_index(), process_count=jax.process_count())
 
     def key(self, seed: int, purpose: Purpose) -> jax.Array:
         """The typed key of one purpose of this stage; no other stage or purpose of the same seed has it."""
@@ -118,6 +124,12 @@ def open_run(
         "inputs": {name: _identity(path) for name, path in inputs.items()},
     }
     description = json.loads(json.dumps(description))  # tuples as the file will have them
+    hosts.decided_by_main(functools.partial(_enter, workdir, description))
+    return Run(workdir=workdir, stage=stage, mesh=mesh, parallelism=parallelism, stop=stop)
+
+
+def _enter(workdir: pathlib.Path, description: dict[str, Any]) -> None:
+    """Makes the directory and says in it what the run is, or checks that it is this one."""
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -135,7 +147,6 @@ def open_run(
         raise InputError(
             f"cannot write to workdir {workdir}: {error.strerror}; give a writable one"
         ) from error
-    return Run(workdir=workdir, stage=stage, mesh=mesh, parallelism=parallelism, stop=stop)
 
 
 def _identity(path: str) -> dict[str, str | None]:
@@ -367,6 +378,8 @@ def leave_handoff(
 
 def write_data_report(run: Run, unreadable: Sequence[tuple[str, str]], **encoded: EncodeReport) -> None:
     """Keeps what was left out of the data or cut, and why, where the report finds it."""
+    if not hosts.is_main():
+        return
     value = {name: dataclasses.asdict(report) for name, report in encoded.items()}
     (run.workdir / "data.json").write_text(json.dumps({"unreadable": list(unreadable), **value}, indent=1))
 
@@ -374,13 +387,16 @@ def write_data_report(run: Run, unreadable: Sequence[tuple[str, str]], **encoded
 class Progress:
     """A bar with the quantities that matter; a plain line every ``line_every`` steps when not a terminal.
 
-    Called with (finished steps, values of this step); ``tokens`` among the values gives tokens/s.
+    Called with (finished steps, values of this step); ``tokens`` among the values gives tokens/s. Of several processes
+    the first one shows it.
     """
 
     def __init__(self, stage: str, num_steps: int, shown: Sequence[str], *, line_every: int):
         self._shown, self._line_every, self._num_steps, self._stage = shown, line_every, num_steps, stage
         self._terminal = sys.stderr.isatty()
-        self._bar = tqdm.tqdm(total=num_steps, desc=stage, disable=not self._terminal, dynamic_ncols=True)
+        self._bar = tqdm.tqdm(
+            total=num_steps, desc=stage, disable=not (self._terminal and hosts.is_main()), dynamic_ncols=True
+        )
         self._started, self._first, self._tokens = time.monotonic(), None, 0.0
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
@@ -394,7 +410,11 @@ class Progress:
             texts["tokens/s"] = f"{self._tokens / elapsed:,.0f}"
         self._bar.set_postfix(texts, refresh=False)
         self._bar.update(step - self._bar.n)
-        if not self._terminal and (step % self._line_every == 0 or step == self._num_steps):
+        if (
+            hosts.is_main()
+            and not self._terminal
+            and (step % self._line_every == 0 or step == self._num_steps)
+        ):
             left = elapsed / max(step - self._first, 1) * (self._num_steps - step)
             line = " ".join(f"{name} {text}" for name, text in texts.items())
             print(

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import grain
 import jax
 import tqdm
 
+from rlhf_jax.data.pipeline import BatchIterator
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
@@ -92,7 +92,7 @@ def train(
     objective: Objective,
     params: Any,
     frozen: Any,
-    iterator: grain.DatasetIterator,
+    iterator: BatchIterator,
     evaluate: Callable[[Any], Mapping[str, float]],
     shown: Sequence[str],
     prepare: Callable[[Any, Any, Any], Any] | None = None,
@@ -107,7 +107,8 @@ def train(
       objective: see ``training.step``.
       params: initial parameters, in their place on the run's mesh.
       frozen: parameters that the objective reads and nothing trains.
-      iterator: endless batches of ``config.batch_size`` rows; closed in the end, and its workers with it.
+      iterator: endless batches of ``config.batch_size`` rows, this process's share of each; closed in the end,
+        and its workers with it.
       evaluate: ``evaluate(params)`` -> the held-out numbers; what `data_counts` says is written beside them.
       shown: names of the metrics that the progress bar shows.
       prepare: ``prepare(params, frozen, batch)`` -> the batch with what the whole of it decides and the update holds
@@ -129,7 +130,7 @@ def train(
     optimizer = make_optimizer(config.optimizer, config.schedule.num_steps)
     state = init_train_state(params, optimizer, run.key(config.seed, Purpose.TRAIN))
     places = sharding.mirrored(run.mesh, state, params, jax.tree.map(lambda x: x.sharding, params))
-    state = jax.device_put(state, places)
+    state = meshes.put(state, places)
     train_step = meshes.compile_step(
         lambda axis: make_train_step(objective, optimizer, num_microbatches=parts, axis_name=axis),
         run.mesh,
@@ -139,6 +140,8 @@ def train(
     prepared = None if prepare is None else sharding.within(run.mesh, jax.jit(prepare))
 
     def step(state: TrainState, batch: Any):
+        if run.parallelism == "jit":
+            batch = meshes.put_own_rows(run.mesh, batch)
         if prepared is not None:
             batch = prepared(state.params, frozen, meshes.put_rows(run.mesh, batch))
         return train_step(state, frozen, batch)
@@ -156,6 +159,7 @@ def train(
             stop=run.stop,
             evaluate=lambda state: counts | evaluate(adapters.result(state.params, base, settings).params),
             skipped_updates=lambda state: state.skipped,
+            sources_of=iterator.sources_of,
         )
     finally:
         progress.close()

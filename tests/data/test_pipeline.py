@@ -410,3 +410,14 @@ def test_an_iterator_that_is_closed_says_so(lazy):
     iterator.close()
     with pytest.raises(ValueError, match="closed"):
         next(iterator)
+
+
+def test_a_batch_says_where_its_rows_came_from(lazy):
+    encoded = lazy["prompts"]
+    iterator = b.prompt_batches(encoded, batch_size=6, seed=1, share=Share(process_index=1, process_count=2))
+    for number in range(9):  # beyond the first epoch of 23 rows
+        own = [encoded.rows[int(i)].row.source for i in next(iterator)["index"]]
+        assert iterator.sources_of(number)[3:] == own
+    packed = b.packed_batches(lazy["demonstrations"], batch_size=2, seed=1)
+    found = packed.sources_of(0)
+    assert len(found) == next(packed).segment_ids.max(axis=1).sum() > 2

@@ -1,5 +1,6 @@
 """Interrupt a stage, run it again: the same bits as the run that nobody disturbed."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -12,6 +13,8 @@ from rlhf_jax import checkpoints
 from rlhf_jax.errors import InputError
 from rlhf_jax.stages import dpo, ppo, reward_model, sft
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
+from rlhf_jax.training.loop import Schedule
+from rlhf_jax.training.optimizer import OptimizerConfig
 
 from .conftest import DPO, PPO, REWARD, SFT, StopAfter
 
@@ -116,3 +119,19 @@ def hurt(directory: pathlib.Path, damage: str) -> None:
         file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     else:
         file.unlink()
+
+
+def test_updates_that_are_never_finite_end_the_run_and_name_the_rows(ladder, tmp_path):
+    config = dataclasses.replace(
+        SFT,
+        optimizer=OptimizerConfig(learning_rate=1e38, schedule="constant"),
+        schedule=Schedule(num_steps=40, save_every=1),
+    )
+    expected = (
+        r"not finite in the last 10 updates, up to step 1\d, whose batch held world:demonstrations/\d+, .* and 8 more; "
+        r"step \d is saved in .*checkpoints; lower --config.optimizer.learning_rate"
+    )
+    with pytest.raises(InputError, match=expected):
+        sft.run(config, tmp_path / "run", stop=StopRequest())
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row.get("skipped_updates", 0) for row in rows) == 9, "the tenth is in no row: it ended the run"

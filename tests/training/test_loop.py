@@ -26,7 +26,7 @@ def step(state, batch):
     return {"total": total, "skipped": skipped}, {"seen": mean_of(batch)}
 
 
-def run(workdir, schedule, *, stop=None, iterator=None, step=step):
+def run(workdir, schedule, *, stop=None, iterator=None, step=step, **more):
     return fit(
         state={"total": jnp.int32(0), "skipped": jnp.int32(0)},
         step=lambda state, batch: _as_arrays(*step(state, batch)),
@@ -37,6 +37,7 @@ def run(workdir, schedule, *, stop=None, iterator=None, step=step):
         stop=stop or StopRequest(),
         evaluate=lambda state: {"eval/total": float(state["total"])},
         skipped_updates=lambda state: state["skipped"],
+        **more,
     )
 
 
@@ -64,6 +65,28 @@ def test_rows_cover_their_steps_and_first_and_last_step_are_evaluated(tmp_path):
     assert rows(tmp_path) == EXPECTED
     saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir())
     assert saved == ["5", "7"]
+
+
+def steps_saved(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.is_dir())
+
+
+def test_checkpoints_are_made_by_the_clock_too(tmp_path):
+    """Steps of 40 seconds: 5 ends 200 seconds after the start, 7 is one of every 7, 12 ends 200 seconds after that."""
+    seconds = [0.0]
+
+    def slow_step(state, batch):
+        seconds[0] += 40.0
+        return step(state, batch)
+
+    schedule = Schedule(num_steps=13, save_every=7, save_every_minutes=3.0, keep=10)
+    run(tmp_path, schedule, step=slow_step, clock=lambda: seconds[0])
+    assert steps_saved(tmp_path) == [5, 7, 12, 13]
+
+
+def test_some_checkpoints_are_kept_for_good(tmp_path):
+    run(tmp_path, Schedule(num_steps=11, save_every=1, keep=3, keep_every=4))
+    assert steps_saved(tmp_path) == [4, 8, 9, 10, 11]
 
 
 class StopOnceAsked(StopRequest):
@@ -120,9 +143,16 @@ def test_updates_that_are_skipped_again_and_again_end_the_run_in_a_sentence(good
     values = grain.MapDataset.source([*range(1, good + 1), *[100] * 30]).batch(1)
     iterator = iter(values.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
     schedule = Schedule(num_steps=30, save_every=5 if good else 30)
-    expected = f"not finite in the last 10 updates, up to step {good + 10}; {kept}; lower --config.optimizer"
+    rows = (
+        ", whose batch held "
+        + "".join(f"{good + 9}:{row}, " for row in range(7))
+        + f"{good + 9}:7 and 4 more"
+    )
+    expected = (
+        f"not finite in the last 10 updates, up to step {good + 10}{rows}; {kept}; lower --config.optimizer"
+    )
     with pytest.raises(InputError, match=expected):
-        run(tmp_path, schedule, iterator=iterator)
+        run(tmp_path, schedule, iterator=iterator, sources_of=lambda n: [f"{n}:{row}" for row in range(12)])
     # What is kept is the newest state of which the last update was good.
     if good:
         saver, state = Checkpoints(tmp_path), {"total": jnp.int32(0), "skipped": jnp.int32(0)}
