@@ -14,8 +14,8 @@ import tqdm
 from rlhf_jax.data.pipeline import BatchIterator
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.parallel import sharding
 from rlhf_jax.stages import adapters, inputs
 from rlhf_jax.stages.run_directory import Model, Progress, Purpose, Run, check_context, write_data_report
 from rlhf_jax.training.interrupt import Interrupted
@@ -52,8 +52,11 @@ def encode_split(
 def data_counts(run: Run) -> dict[str, float]:
     """How many rows the run's ``data.json`` lists as left out ("data/left_out") and cut ("data/truncated").
 
-    Both sides of the split together; without what there is none of.
+    Both sides of the split together; without what there is none of. Of several processes, the one that writes metrics
+    reads the file, and the others answer {}.
     """
+    if not hosts.is_main():
+        return {}
     path = run.workdir / "data.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"unreadable": []}
     unreadable, sides = found.pop("unreadable"), found.values()

@@ -96,7 +96,9 @@ def test_a_target_that_is_no_token_says_so_and_pulls_nothing(chunk_size):
     np.testing.assert_array_equal(gradient[0, 1:], 0.0)
     alone, pull_alone = jax.vjp(lambda h: log_probs(h, targets[:, :1]), hidden[:, :1])
     assert float(values[0, 0]) == pytest.approx(float(alone[0, 0]), rel=1e-6)
-    np.testing.assert_allclose(gradient[:, :1], pull_alone(jnp.ones((1, 1)))[0], rtol=1e-5)
+    # Beside the gradient's own size: a component near 0 is what is left of terms that cancel.
+    (expected,) = pull_alone(jnp.ones((1, 1)))
+    np.testing.assert_allclose(gradient[:, :1], expected, rtol=0, atol=3e-6 * np.abs(expected).max())
 
 
 B, T, D, V = 3, 5, 8, 37
