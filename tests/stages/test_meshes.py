@@ -95,6 +95,11 @@ def test_three_steps_on_fixed_rows_are_the_same_everywhere(stage, ladder, tmp_pa
     expected, *others = (
         fixed_rows(stage, ladder, tmp_path / str(number), layout) for number, layout in enumerate(LAYOUTS)
     )
+    if stage == "reward_model":
+        # A difference of scores does not see the head's bias: its gradient is the rounding of 0, which Adam, dividing
+        # by that same rounding, makes a step of 1e-6. So beside a score's unit, not beside itself.
+        biases = [params["head"].pop("bias") for params in (expected, *others)]
+        np.testing.assert_allclose(np.stack(biases), 0.0, atol=1e-5)
     for layout, found in zip(LAYOUTS[1:], others, strict=True):
         assert distance(expected, found) < 1e-5, layout
 
