@@ -8,7 +8,7 @@ VENV := $(if $(filter 3.11,$(VERSION)),.venv,.venv-$(VERSION))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart test test-fast lint three-seeds clean
+.PHONY: setup setup-plan quickstart test test-fast test-plan soak lint three-seeds clean
 
 setup: $(STAMP)
 
@@ -17,6 +17,15 @@ $(STAMP): setup.py $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test,notebooks]'
 	@touch $(STAMP)
+
+# The TPU's compiler, 200 MB, in a venv of its own upon the first: where that wheel is, JAX looks for a TPU each time it starts.
+setup-plan: $(VENV)-plan/.installed
+
+$(VENV)-plan/.installed: $(STAMP)
+	$(PYTHON) -m venv $(VENV)-plan
+	$(BIN)/python -c 'import pathlib, sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(VENV)-plan/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+	$(VENV)-plan/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) libtpu
+	@touch $@
 
 quickstart: setup
 	$(BIN)/python -m experiments.quickstart --workdir=runs/quickstart
@@ -32,6 +41,14 @@ test: setup lint
 
 test-fast: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# Every stage compiled for a TPU slice that is not there.
+test-plan: setup-plan
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(VENV)-plan/bin/python -m pytest tests/parallel/test_planner.py
+
+# Each stage killed with -9 at twenty random moments: its parameters end in the bits of an undisturbed run. About SOAKTIME.
+soak: setup
+	$(BIN)/python -m tests.system.soak --stage=all --kills=20
 
 lint: setup
 	$(BIN)/ruff check .

@@ -42,6 +42,7 @@ setup(
             "torch==2.13.0; python_version < '3.12'",
         ],
         "notebooks": ["nbclient", "nbformat", "ipykernel"],
+        "plan": ["libtpu"],  # the TPU's compiler, for experiments.plan where there is no TPU
         "bench": ["trl==1.16.0", "torch==2.13.0"],
     },
 )
