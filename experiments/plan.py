@@ -15,7 +15,7 @@ import os
 import sys
 
 # Compiling for a slice needs no device, and with its compiler installed JAX would look for one.
-if not any(argument.endswith("topology=here") for argument in sys.argv):
+if not " ".join(sys.argv).replace("topology here", "topology=here").count("topology=here"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import dataclasses  # noqa: E402
@@ -35,7 +35,7 @@ from rlhf_jax.stages import config as configs  # noqa: E402
 
 def _stage_of(arguments):
     """The stage that the command line names, before flags are read: --config takes its values when it is defined."""
-    words = " ".join(arguments).replace("--stage ", "--stage=").split()
+    words = " ".join(arguments).replace("-stage ", "-stage=").split()
     named = [word.partition("=")[2] for word in words if word.lstrip("-").startswith("stage=")] or ["sft"]
     stage = _SHORT.get(named[-1], named[-1])
     return stage if stage in plan_programs.STAGES else "sft"
@@ -89,7 +89,7 @@ def main(stop):
             refused[_name(mesh.shape)] = str(error)
     plans = planner.ranked(plans, chip)
     if JSON.value:
-        print(json.dumps(_as_json(plans, refused, chip, devices), indent=1))
+        print(json.dumps(_known(_as_json(plans, refused, chip, devices)), indent=1, allow_nan=False))
     else:
         _print_table(plans, refused, chip, devices)
 
@@ -135,6 +135,13 @@ def _print_table(plans, refused, chip, devices):
         )
     for name, reason in refused.items():
         print(f"{name:28}does not fit: {reason}")
+    for plan in plans:
+        for cost in plan.costs:
+            if cost.counts.unknown_loops:
+                print(
+                    f"{_name(plan.mesh)}, {cost.name}: {cost.counts.unknown_loops} loops end when data say so; counted "
+                    f"as running once for each of the tokens of --config.data.response_length"
+                )
     for plan in plans[:1]:
         print(f"\nthe programs of {_name(plan.mesh)}, one run each on one chip:")
         for cost in plan.costs:
@@ -168,6 +175,7 @@ def _as_json(plans, refused, chip, devices):
                     "sent_bytes": cost.communication(),
                     "seconds": cost.times(chip),
                     "compile_seconds": cost.seconds,
+                    "loops_of_unknown_length": cost.counts.unknown_loops,
                 }
                 for cost in plan.costs
             ],
@@ -181,6 +189,15 @@ def _as_json(plans, refused, chip, devices):
         "plans": [one(plan) for plan in plans],
         "refused": refused,
     }
+
+
+def _known(value):
+    """As JSON has it: null for a number that is not known (of a chip that the planner has no speeds of)."""
+    if isinstance(value, dict):
+        return {name: _known(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _gib(size):

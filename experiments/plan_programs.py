@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.models import decoder, heads
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
@@ -32,6 +34,17 @@ STAGES = {
     "dpo": dpo.Config,
     "ppo": ppo.Config,
     "grpo": grpo.Config,
+}
+
+
+# Fields that change what a stage runs or holds in ways that are not planned: with anything else a plan would be of
+# another stage than the one that runs.
+_PLANNED: dict[str, dict[str, tuple]] = {
+    "sft": {"batches.pack": (False,)},
+    "reward_model": {"members": (1,)},
+    "dpo": {"loss.kind": ("dpo", "robust", "ipo", "hinge", "simpo", "orpo")},
+    "ppo": {"reward": ("model", "answer"), "credit": ("response",)},
+    "grpo": {"reward": ("model", "answer"), "credit": ("response",)},
 }
 
 
@@ -58,8 +71,9 @@ def plan(stage: str, mesh: Mesh, config: Any, model: ModelConfig) -> planner.Pla
 
     Raises:
       DoesNotFit: a program by itself is too large.
-      InputError: rows that do not divide over the mesh.
+      InputError: rows that do not divide over the mesh; an option that is not planned.
     """
+    _check_planned(stage, config)
     meshes.check_rows(mesh, rows_of_an_update(config), "rows of a micro-batch")
     works, resident, useful = _BUILDERS[stage](mesh, config, model)
     costs = []
@@ -84,6 +98,16 @@ def plan(stage: str, mesh: Mesh, config: Any, model: ModelConfig) -> planner.Pla
         useful_flops=useful,
         whole=tuple(str(whole) for whole in sharding.whole_axes(mesh, model, shapes)),
     )
+
+
+def _check_planned(stage: str, config: Any) -> None:
+    for field, values in _PLANNED[stage].items():
+        value = functools.reduce(getattr, field.split("."), config)
+        if value not in values:
+            raise InputError(
+                f"config.{field} is {value!r}, which changes what {stage} runs and is not planned; give "
+                f"{' or '.join(map(repr, values))}"
+            )
 
 
 def rows_of_an_update(config: Any) -> int:
@@ -231,8 +255,10 @@ def _reward_model(mesh: Mesh, config: reward_model.Config, model: ModelConfig):
 
 def _dpo(mesh: Mesh, config: dpo.Config, model: ModelConfig):
     objective = make_pair_objective(model, config.loss)
-    # The policy forward and backward, the reference forward.
-    useful = (_passes(config) + 1) * forward_flops(model, config.data, 2 * config.batch_size)
+    # The policy forward and backward, the reference, where there is one, forward. It is held either way: the stage
+    # hands it to the step and to the evaluation.
+    passes = _passes(config) + config.loss.needs_reference
+    useful = passes * forward_flops(model, config.data, 2 * config.batch_size)
     return (*_supervised(mesh, config, model, objective, _pairs(mesh, config), reference=True), useful)
 
 
@@ -241,21 +267,28 @@ def _ppo(mesh: Mesh, config: ppo.Config, model: ModelConfig):
     with_head = forward_flops(model, config.data, config.batch_size)
     without = forward_flops(model, config.data, config.batch_size, vocabulary=False)
     # Sampling, reference and old policy; reward and old values; then both trained.
-    useful = 3 * with_head + 2 * without + config.num_epochs * _passes(config) * (with_head + without)
+    useful = 3 * with_head + (1 + _scores(config)) * without
+    useful += config.num_epochs * _passes(config) * (with_head + without)
     return (*_online(mesh, config, model, ppo.make_method(model, model, config), params), useful)
 
 
 def _grpo(mesh: Mesh, config: grpo.Config, model: ModelConfig):
     with_head = forward_flops(model, config.data, config.batch_size)
     without = forward_flops(model, config.data, config.batch_size, vocabulary=False)
-    useful = 3 * with_head + without + config.num_epochs * _passes(config) * with_head
+    useful = 3 * with_head + _scores(config) * without + config.num_epochs * _passes(config) * with_head
     return (*_online(mesh, config, model, grpo.make_method(model, config), _parameters(mesh, model)), useful)
+
+
+def _scores(config: Any) -> bool:
+    """Whether a reward model scores; else a verifier does, on the host."""
+    return config.reward == "model"
 
 
 def _online(mesh: Mesh, config: Any, model: ModelConfig, method: online.Method, params: Any):
     """One iteration: sampling, the reward, what an update holds constant, the updates.
 
-    With adapters the reward model is one too, and the base of all is the reference.
+    Where rounds of sampling are allowed, all of them are counted. With adapters the reward model is one too, and the
+    base of all is the reference.
     """
     settings = config.lora.settings
     reference = _parameters(mesh, model)
@@ -294,28 +327,27 @@ def _online(mesh: Mesh, config: Any, model: ModelConfig, method: online.Method, 
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=meshes.replicated(mesh))
-    works = [
-        Work(
-            name="sampling",
-            function=jax.jit(sample),
-            arguments=(policy, base, *_rows(mesh, prompts), key),
-            resident=(policy, base),
-        ),
-        Work(
-            name="reward",
-            function=jax.jit(score),
-            arguments=(reward, base, rollout),
-            resident=(reward, base),
-        ),
-        Work(
-            name="advantages",
-            function=jax.jit(prepare),
-            arguments=prepared,
-            resident=(params, reference),
-        ),
-        update,
-    ]
-    return works, (state, reference, reward)
+    rounds = getattr(config, "rounds", 1)
+    sampling = Work(
+        name="sampling",
+        function=jax.jit(sample),
+        arguments=(policy, base, *_rows(mesh, prompts), key),
+        runs=rounds,
+        resident=(policy, base),
+    )
+    scoring = Work(
+        name="reward",
+        function=jax.jit(score),
+        arguments=(reward, base, rollout),
+        runs=rounds,
+        resident=(reward, base),
+    )
+    advantages = Work(
+        name="advantages", function=jax.jit(prepare), arguments=prepared, resident=(params, reference)
+    )
+    if not _scores(config):
+        return [sampling, advantages, update], (state, reference)
+    return [sampling, scoring, advantages, update], (state, reference, reward)
 
 
 def _rollout(mesh: Mesh, config: Any) -> Rollout:

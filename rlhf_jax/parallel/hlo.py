@@ -40,6 +40,7 @@ _FREE = {
 # Kernels of this project that hold their own products, which no program text shows: how many matrix products of queries
 # with keys (or as large) one run is, of which a causal mask leaves half.
 _KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
+_GEMM = re.compile(r'custom_call_target="__cublas.*"lhs_contracting_dimensions":\[([^\]]*)\]')
 # Names for memory, not work.
 _FREE_CALLS = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast|AsyncCollective\w+)"')
 
@@ -316,6 +317,11 @@ def _flops(instruction: Instruction, made: Mapping[str, Instruction]) -> float:
         left = made[instruction.operands[0]].arrays[0].shape
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)[1]
         inner = math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
+        return 2.0 * inner * math.prod(instruction.arrays[0].shape)
+    if instruction.opcode == "custom-call" and (gemm := _GEMM.search(instruction.rest)):
+        # A GPU's matrix product by cuBLAS: its first output is the product, the second scratch.
+        left = made[instruction.operands[0]].arrays[0].shape
+        inner = math.prod(left[int(axis)] for axis in re.findall(r"\d+", gemm[1]))
         return 2.0 * inner * math.prod(instruction.arrays[0].shape)
     if instruction.opcode == "custom-call":
         products = next((n for name, n in _KERNEL_PRODUCTS.items() if instruction.name.startswith(name)), 0)

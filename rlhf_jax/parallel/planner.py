@@ -47,15 +47,19 @@ CHIPS = {
 
 
 def chip_of(devices: Sequence[Any]) -> Chip:
-    """What one of the devices is; nan for what is not known of its kind. CPU devices share the machine's memory."""
-    known = CHIPS.get(devices[0].device_kind)
-    if known is not None:
-        return known
+    """What one of the devices is; nan for what is not known of its kind. CPU devices share the machine's memory.
+
+    Of a GPU that is present, memory is what JAX may use of it, which is less than there is.
+    """
+    unknown = Chip(memory=math.nan, flops=math.nan, bandwidth=math.nan, links=math.nan)
+    chip = CHIPS.get(devices[0].device_kind, unknown)
     if devices[0].platform == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
+    elif devices[0].platform == "gpu":
+        memory = (devices[0].memory_stats() or {}).get("bytes_limit", chip.memory)
     else:
-        memory = (devices[0].memory_stats() or {}).get("bytes_limit", math.nan)
-    return Chip(memory=memory, flops=math.nan, bandwidth=math.nan, links=math.nan)
+        memory = chip.memory
+    return dataclasses.replace(chip, memory=memory)
 
 
 def ranked(plans: Sequence[Plan], chip: Chip) -> list[Plan]:

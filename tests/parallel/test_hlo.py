@@ -142,3 +142,18 @@ def test_what_a_tpu_leaves_unsaid():
         32,
     )
     assert scatter.wire_bytes == 32 * 128 * 256 * 4 * 3 / 4
+
+
+GPU_PROGRAM = """HloModule tiny, is_scheduled=true
+
+ENTRY %main (a: bf16[128,64], b: bf16[64,32]) -> bf16[128,32] {
+  %a = bf16[128,64]{1,0} parameter(0)
+  %b = bf16[64,32]{1,0} parameter(1)
+  %gemm = (bf16[128,32]{1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"alpha_real":1,"beta":0,"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]}}}
+  ROOT %out = bf16[128,32]{1,0} get-tuple-element(%gemm), index=0
+}
+"""  # noqa: E501
+
+
+def test_a_gpus_library_call_is_a_matrix_product():
+    assert hlo.count(GPU_PROGRAM).flops == 2 * 128 * 64 * 32

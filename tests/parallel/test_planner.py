@@ -123,6 +123,32 @@ def test_rows_that_do_not_divide_are_refused(plan_main):
         plan_programs.plan("sft", meshes.make_mesh("fsdp:4,tensor:2"), config, TINY)
 
 
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        ("reward_model", {"members": 4}, "config.members is 4"),
+        ("grpo", {"reward": "process"}, "config.reward is 'process'"),
+        ("ppo", {"credit": "step", "reward": "process"}, "config.reward is 'process'"),
+    ],
+)
+def test_what_is_not_planned_is_refused(stage, changes, message):
+    config = dataclasses.replace(_config(stage), **changes)
+    with pytest.raises(InputError, match=message):
+        plan_programs.plan(stage, meshes.make_mesh("fsdp:4,tensor:2"), config, TINY)
+
+
+def test_a_verifier_needs_no_reward_model():
+    config = dataclasses.replace(_config("grpo"), reward="answer", rounds=3)
+    plan = plan_programs.plan(
+        "grpo", meshes.make_mesh("fsdp:8"), config, dataclasses.replace(TINY, compute_dtype="float32")
+    )
+    assert [(cost.name, cost.runs) for cost in plan.costs] == [
+        ("sampling", 3),
+        ("advantages", 1),
+        ("update", config.num_epochs * config.num_minibatches),
+    ]
+
+
 def test_adapters_share_one_base():
     """With them DPO's reference is the base of the policy: handed over twice, it is there once."""
     mesh = meshes.make_mesh("fsdp:4,tensor:2")
