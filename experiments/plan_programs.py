@@ -40,7 +40,7 @@ STAGES = {
 # Fields that change what a stage runs or holds in ways that are not planned: with anything else a plan would be of
 # another stage than the one that runs.
 _PLANNED: dict[str, dict[str, tuple]] = {
-    "sft": {"batches.pack": (False,)},
+    "sft": {"pack": (False,)},
     "reward_model": {"members": (1,)},
     "dpo": {"loss.kind": ("dpo", "robust", "ipo", "hinge", "simpo", "orpo")},
     "ppo": {"reward": ("model", "answer"), "credit": ("response",)},
