@@ -4,11 +4,11 @@
     python -m experiments.generate --model=exported/ppo --prompts_file=prompts.txt --greedy --jsonl > answers.jsonl
     echo "Once upon a time" | python -m experiments.generate --model=EleutherAI/pythia-70m --stop=. --max_new_tokens=40
 
-A sample depends on --seed, on the place of its prompt and on its own number, and on nothing else: not on --batch_size,
-on --refill, or on the other prompts. A JSON line has: source, prompt, sample (from 0), response, ended_by (eos, stop or
-length), tokens (how many were drawn, EOS included), and log_prob and policy_log_prob, in nats, of the whole response:
-under what it was drawn from, and under the model at that temperature with nothing left out. The text of a response goes
-up to the stop string, and neither it nor EOS is printed; tokens and log-probs count both.
+A sample depends on --seed, on the place of its prompt, on its own number and on --num_samples, and on nothing else: not
+on --batch_size, on --refill, or on the other prompts. A JSON line has: source, prompt, sample (from 0), response,
+ended_by (eos, stop or length), tokens (how many were drawn, EOS included), and log_prob and policy_log_prob, in nats,
+of the whole response: under what it was drawn from, and under the model at that temperature with nothing left out. The
+text of a response goes up to the stop string, and neither it nor EOS is printed; tokens and log-probs count both.
 """
 
 import dataclasses

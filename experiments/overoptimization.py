@@ -102,9 +102,10 @@ def main(stop):
         where = {"init_from": str(start / "sft"), "reward_from": str(proxies[changes["proxy"]])}
         fields = {**config["ppo"], "beta": changes["beta"], "scoring": changes["scoring"]}
         ppo.run(built(ppo.Config, config, fields, f"config.policies.{name}"), runs[name], **where, **how)
+    penalty = config["policies"]["mean_minus_variance"]["scoring"]["penalty"]
     summary = page.write(
         workdir,
-        sections=[*sections_of_best_of_n(scores), *sections_of_runs(runs)],
+        sections=[*sections_of_best_of_n(scores, penalty=penalty), *sections_of_runs(runs)],
         kl_of_best_of_n=kl_of_best_of_n(scores[FULL], scores["log_prob"]),
         seed=config["seed"],
     )
@@ -145,7 +146,7 @@ def built(
     return configs.from_dict(cls, {**fields, "seed": config["seed"], "data": data}, where)
 
 
-def sections_of_best_of_n(scores: Mapping[str, np.ndarray]) -> list[Section]:
+def sections_of_best_of_n(scores: Mapping[str, np.ndarray], *, penalty: float) -> list[Section]:
     """By amount of data, up to the labellers' own taste; by size; and of one model or four."""
     gold = scores["gold"]
     members = scores["ensemble_8k"]
@@ -153,7 +154,7 @@ def sections_of_best_of_n(scores: Mapping[str, np.ndarray]) -> list[Section]:
     joined = {
         "mean": ensembles.mean_score(flat),
         "worst_case": ensembles.worst_case_score(flat),
-        "mean_minus_variance": ensembles.mean_minus_variance(flat, penalty=0.5),
+        "mean_minus_variance": ensembles.mean_minus_variance(flat, penalty=penalty),
     }
     of = {
         name: of_best_of_n(scores[name], gold)

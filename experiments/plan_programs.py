@@ -319,7 +319,7 @@ def _online(mesh: Mesh, config: Any, model: ModelConfig, method: online.Method, 
     part = config.batch_size // config.num_minibatches
     batch = _rows(mesh, jax.tree.map(lambda x: jax.ShapeDtypeStruct((part, *x.shape[1:]), x.dtype), batch))
     runs = config.num_epochs * config.num_minibatches
-    frozen = method.frozen_of(params, reference)
+    frozen = online.frozen_of(method, params, reference)
     update, state = _update(mesh, config, model, method.objective, params, frozen, batch, runs)
     prompts = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((config.batch_size, config.data.prompt_length), x.dtype),

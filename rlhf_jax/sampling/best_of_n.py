@@ -47,7 +47,11 @@ def select_best(rollout: Rollout, scores: jax.Array, n: int) -> tuple[Rollout, j
             "prompt, one after another, and one score a row"
         )
     groups = scores.astype(jnp.float32).reshape(-1, n)
-    best = jnp.argmax(jnp.where(jnp.isnan(groups), -jnp.inf, groups), axis=1)
+    # NaN is below -inf: the best of what is a number, or the first where nothing is.
+    lowest = jnp.where(jnp.isnan(groups), -jnp.inf, groups)
+    best = jnp.argmax(lowest, axis=1)
+    first_number = jnp.argmax(~jnp.isnan(groups), axis=1)
+    best = jnp.where(jnp.max(lowest, axis=1) == -jnp.inf, first_number, best)
     chosen = jnp.arange(rows // n) * n + best
     # policy_step is one number for all rows.
     kept = jax.tree.map(lambda x: x[chosen] if x.ndim else x, rollout)

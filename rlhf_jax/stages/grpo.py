@@ -214,7 +214,7 @@ def make_prepare(model: ModelConfig, config: Config):
             advantages=jnp.where(mask, advantages, 0.0),
             ref_log_probs=ref_log_probs if config.beta and config.kl_in != "reward" else None,
         )
-        groups = scored.scores.reshape(-1, config.group_size)
+        groups = scores.reshape(-1, config.group_size)
         metrics = {
             "score": mean_of(scores),
             "kl": mean_of(kl),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +55,10 @@ class Method:
     rounds, missing_eos_score: see ``rollouts.make_collect``. beta: the KL penalty to start with. next_beta:
     ``next_beta(beta, observed kl)``; None keeps it. early_stop_kl: an iteration's updates end once the metric
     ``approx_kl``, nats a token, is above; 0 never. by_steps: whether ``prepare`` reads the scores of steps, which a
-    process reward model alone has. frozen_of: ``frozen_of(params, reference)`` at the start of an iteration: what the
-    objective reads beside params.
+    process reward model alone has. rows_of_group: rows that an update sees of the responses to a prompt; None: as many
+    as there are responses. reads_reference: which policy the objective reads, frozen, as ``{"reference": params}``
+    beside params: none, that of the "start", or that which the "iteration" began with. lora: what is trained is
+    adapters on the reference; None: all parameters.
     """
 
     prepare: Callable[[Any, Any, ScoredRollout, jax.Array], tuple[Any, dict]]
@@ -69,7 +71,22 @@ class Method:
     next_beta: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     early_stop_kl: float = 0.0
     by_steps: bool = False
-    frozen_of: Callable[[Any, Any], Any] = lambda params, reference: {}
+    rows_of_group: int | None = None
+    reads_reference: Literal["start", "iteration"] | None = None
+    lora: LoraConfig | None = None
+
+
+def frozen_of(method: Method, params: Any, reference: Any) -> Any:
+    """What the objective reads beside what is trained, in an iteration that begins with these ``params``."""
+    if method.reads_reference == "iteration":
+        # An update donates what it trains: a reference made of it must keep buffers of its own. The base it does not.
+        policy = jax.tree.map(jnp.copy, params)
+        own = {
+            "reference": policy if method.lora is None else adapters.attach(policy, reference, method.lora)
+        }
+    else:
+        own = {"reference": reference} if method.reads_reference == "start" else {}
+    return own if method.lora is None else {"base": reference, "own": own}
 
 
 def make_iteration(
@@ -111,7 +128,7 @@ def make_iteration(
             metrics["gold"] = mean_of(gold(scored.rollout, index))
         train, updates = update(
             state.train,
-            method.frozen_of(state.train.params, reference),
+            frozen_of(method, state.train.params, reference),
             batch,
             jax.random.fold_in(key, Purpose.SHUFFLE),
             train_step,
@@ -192,7 +209,7 @@ def train(
     Raises:
       InputError: the batch does not divide into groups, minibatches, micro-batches and devices.
     """
-    check_split(config, run.mesh, group_size=method.group_size)
+    check_split(config, run.mesh, group_size=method.group_size, rows_of_group=method.rows_of_group)
     gold = rollouts.gold_reward(config.data, model.tokenizer)
     evaluate = sharding.within(
         run.mesh, rollouts.make_evaluate(run, config, model, held_out, reward=reward, gold=gold)
@@ -273,16 +290,12 @@ def _adapted(method: Method, base: Any, settings: LoraConfig) -> Method:
     def prepare(trained: Any, reference: Any, scored: ScoredRollout, beta: jax.Array):
         return method.prepare(adapters.attach(trained, reference, settings), reference, scored, beta)
 
-    def frozen_of(trained: Any, reference: Any):
-        own = method.frozen_of(adapters.attach(trained, reference, settings), reference)
-        return {"base": reference, "own": own}
-
     return dataclasses.replace(
         method,
         prepare=prepare,
         objective=adapters.adapted(method.objective, settings),
         policy_of=lambda trained: method.policy_of(adapters.attach(trained, base, settings)),
-        frozen_of=frozen_of,
+        lora=settings,
     )
 
 
@@ -342,8 +355,12 @@ def run(
     leave_handoff(run_, config, model, trained, made_from=list(where.values()), facts={})
 
 
-def check_split(config: Any, mesh: jax.sharding.Mesh, *, group_size: int) -> None:
+def check_split(
+    config: Any, mesh: jax.sharding.Mesh, *, group_size: int, rows_of_group: int | None = None
+) -> None:
     """Refuses a batch that does not divide into groups, minibatches, micro-batches and devices.
+
+    ``rows_of_group``: see `Method`.
 
     Raises:
       InputError: names the fields.
@@ -354,9 +371,12 @@ def check_split(config: Any, mesh: jax.sharding.Mesh, *, group_size: int) -> Non
             "change batch_size or group_size"
         )
     parts = config.num_minibatches * config.num_microbatches
-    if config.batch_size % parts:
+    what, rows = "config.batch_size", config.batch_size
+    if rows_of_group is not None:
+        what, rows = "config.batch_size / group_size", rows // group_size * rows_of_group
+    if rows % parts:
         raise InputError(
-            f"config.batch_size is {config.batch_size}, which does not divide into "
+            f"{what} is {rows}, which does not divide into "
             f"num_minibatches={config.num_minibatches} times num_microbatches={config.num_microbatches}"
         )
-    meshes.check_rows(mesh, config.batch_size // parts, "config.batch_size / (minibatches x microbatches)")
+    meshes.check_rows(mesh, rows // parts, f"{what} / (minibatches x microbatches)")

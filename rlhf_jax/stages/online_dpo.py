@@ -118,15 +118,12 @@ def make_prepare(model: ModelConfig, config: Config):
 def make_method(model: ModelConfig, config: Config) -> online.Method:
     """Online DPO as ``online`` runs it."""
 
-    def frozen_of(params: Any, reference: Any) -> Any:
-        # An update donates its params: a reference among them must keep buffers of its own.
-        return {"reference": reference if config.reference == "start" else jax.tree.map(jnp.copy, params)}
-
     return online.Method(
         prepare=make_prepare(model, config),
         objective=make_pair_objective(model, config.loss),
         group_size=config.group_size,
-        frozen_of=frozen_of,
+        rows_of_group=1,
+        reads_reference=config.reference,
     )
 
 

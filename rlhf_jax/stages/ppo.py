@@ -53,10 +53,9 @@ class Config:
     missing_eos_score: replaces the reward of a response that never ended; None keeps it. early_stop_kl: an
     iteration's updates end once KL(old || new) per token exceeds it; 0 never. temperature: of sampling, and of every
     log-prob; nothing is truncated, so that samples come from the very policy that is scored. stop_when: what ends the
-    run before its schedule. num_eval_prompts:
-    lora: whether policy and value model are adapters on the one base, which reference and reward model share.
-    held-out prompts sampled at every evaluation. eval_responses_per_prompt: responses to each of them; more than
-    one where prompts are few.
+    run before its schedule. lora: whether policy and value model are adapters on the one base, which reference and
+    reward model share. num_eval_prompts: held-out prompts sampled at every evaluation. eval_responses_per_prompt:
+    responses to each of them; more than one where prompts are few.
     """
 
     seed: int = 0
@@ -102,6 +101,11 @@ class Config:
                     raise InputError(
                         f"config.{name} is {getattr(self, name)!r}, with which credit=step does not go; give {value!r}"
                     )
+            if self.scoring.steps != "last":
+                raise InputError(
+                    f"config.scoring.steps is {self.scoring.steps!r}, and what credit=step pays adds up to the last "
+                    "score; give 'last', so that the score that is shown is the one that is optimised"
+                )
         if self.adaptive_kl_target and not self.beta:
             raise InputError(
                 "config.beta is 0, which adaptive_kl_target cannot steer; start from a beta above 0"
@@ -292,6 +296,11 @@ def _initial_value(
             head, sharding.parameter_sharding(run_.mesh, model.config, {"head": head})["head"]
         )
         return model.config, {"decoder": model.params["decoder"], "head": head}
+    if config.lora.rank and "ensemble_offsets" in source.facts:
+        raise InputError(
+            f"config.lora.rank is {config.lora.rank}, and --reward_from={source.origin} is an ensemble, which has no "
+            "adapters; give rank 0, or a single reward model"
+        )
     if config.lora.rank and source.adapter is None:
         raise InputError(
             f"config.lora.rank is {config.lora.rank}, which keeps one base for all four roles, and "

@@ -80,6 +80,16 @@ class Config:
             raise InputError(
                 f"config.min_score is {self.min_score}, which kind={self.kind} does not read; leave it out"
             )
+        for name in ("weight_temperature", "max_weight"):
+            default = type(self).__dataclass_fields__[name].default
+            if self.kind == "best" and getattr(self, name) != default:
+                raise InputError(
+                    f"config.{name} is {getattr(self, name)}, which kind=best does not read; leave it at {default}"
+                )
+        if self.kind in ("best", "advantage") and self.group_size < 2:
+            raise InputError(
+                f"config.group_size is 1, among which kind={self.kind} has nothing to prefer; give 2 or more"
+            )
 
     @property
     def sampling(self) -> SamplingConfig:

@@ -202,6 +202,11 @@ class Reward:
 def model_reward(reward: Model, scoring: Scoring) -> Reward:
     """The frozen reward model of a run, or an ensemble, its scores shifted by the offset that the run stored."""
     if "ensemble_offsets" not in reward.facts:
+        if scoring.members != "mean":
+            raise InputError(
+                f"config.scoring.members is {scoring.members!r}, and --reward_from={reward.origin} is one reward "
+                "model; give an ensemble (experiments.reward_model --config.members=4), or leave it at 'mean'"
+            )
         offset = float(reward.facts["reward_offset"])
         of_rows = policies.model_reward(reward.config, reward.params, offset)
         return Reward(of_rows=of_rows, model=reward)

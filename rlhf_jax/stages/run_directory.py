@@ -163,7 +163,7 @@ def changed_inputs(workdir: pathlib.Path) -> list[str]:
 
 
 # What there is to lose in a run's directory.
-_RESULTS = ("checkpoints", "handoff", "summary.json")
+_RESULTS = ("checkpoints", "handoff", "summary.json", "scores.npz")
 
 
 def _description(path: pathlib.Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from rlhf_jax.models import decoder
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import hlo, planner
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.stages.rollouts import Scoring
 
 ROOT = pathlib.Path(__file__).parents[2]
 CHIP = planner.Chip(memory=1000, flops=100.0, bandwidth=10.0, links=4.0)
@@ -128,7 +129,11 @@ def test_rows_that_do_not_divide_are_refused(plan_main):
     [
         ("reward_model", {"members": 4}, "config.members is 4"),
         ("grpo", {"reward": "process"}, "config.reward is 'process'"),
-        ("ppo", {"credit": "step", "reward": "process"}, "config.reward is 'process'"),
+        (
+            "ppo",
+            {"credit": "step", "reward": "process", "scoring": Scoring(steps="last")},
+            "config.reward is 'process'",
+        ),
     ],
 )
 def test_what_is_not_planned_is_refused(stage, changes, message):

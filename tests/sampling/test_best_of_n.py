@@ -56,6 +56,9 @@ def test_the_best_of_each_prompt_is_kept_with_all_that_is_known_of_it(sample):
         )
     assert best.policy_step == rollout.policy_step
     np.testing.assert_array_equal(found, [2.0, -2.0, nan])
+    # Even the worst number is better than none.
+    impossible = jnp.array([nan, -jnp.inf] * 6)
+    np.testing.assert_array_equal(select_best(rollout, impossible, 4)[1], [-jnp.inf] * 3)
 
 
 def test_what_cannot_be_the_best_of_n(sample):

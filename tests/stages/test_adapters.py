@@ -12,15 +12,28 @@ import pytest
 
 from rlhf_jax import checkpoints
 from rlhf_jax.errors import InputError
+from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import lora
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.stages import adapters, config, dpo, online, ppo, reward_model, sft
+from rlhf_jax.stages import (
+    adapters,
+    config,
+    dpo,
+    grpo,
+    online,
+    online_dpo,
+    ppo,
+    rejection,
+    reward_model,
+    sft,
+)
 from rlhf_jax.stages.adapters import LoraOptions
 from rlhf_jax.stages.run_directory import load_beside, load_model, open_run
 from rlhf_jax.training.interrupt import StopRequest
+from rlhf_jax.training.loop import Schedule
 
-from .conftest import DPO, PPO, REWARD, SFT
+from .conftest import DPO, PPO, REWARD, SFT, SHARED
 
 ROOT = pathlib.Path(__file__).parents[2]
 LORA = LoraOptions(rank=2, alpha=4.0, targets=("query", "value", "down"))
@@ -109,6 +122,33 @@ def test_the_value_model_starts_as_the_reward_model(ladder, adapted_reward, tmp_
     # A fresh adapter adds nothing.
     merged = adapters.merge(roles["policy"], base.params, LORA.settings)
     assert largest_difference(merged["decoder"], base.params["decoder"]) == 0
+
+
+@pytest.mark.parametrize("method", ["grpo", "online_dpo", "rejection"])
+def test_what_samples_trains_adapters_too(method, ladder, adapted_reward, tmp_path):
+    """From KL 0, the adapter alone; of online DPO with a reference that moves, of which the base is shared."""
+    built = {
+        "grpo": grpo.Config(**SHARED, group_size=4),
+        "online_dpo": online_dpo.Config(**SHARED, group_size=2, reference="iteration"),
+        "rejection": rejection.Config(**SHARED, group_size=2),
+    }[method]
+    built = dataclasses.replace(built, lora=LORA, num_eval_prompts=12, schedule=Schedule(num_steps=2))
+    stage = {"grpo": grpo, "online_dpo": online_dpo, "rejection": rejection}[method]
+    stage.run(built, tmp_path / method, init_from=ladder.sft, reward_from=adapted_reward, stop=StopRequest())
+    rows = [row for row in read_metrics(tmp_path / method / "metrics.jsonl") if "kl" in row]
+    assert abs(rows[0]["kl"]) < 1e-5
+    run = opened(tmp_path)
+    base, made = load_model(ladder.sft, run), load_model(str(tmp_path / method), run)
+    layers, old = made.params["decoder"]["layers"], base.params["decoder"]["layers"]
+    assert {name for name in layers if largest_difference(layers[name], old[name]) > 0} == set(LORA.targets)
+
+
+def test_a_reference_that_moves_shares_the_base(ladder, tmp_path):
+    base = load_model(ladder.sft, opened(tmp_path))
+    trained = adapters.detach(base.config, base.params, LORA.settings, jax.random.key(0))
+    method = online.Method(prepare=None, objective=None, reads_reference="iteration", lora=LORA.settings)
+    own = online.frozen_of(method, trained, base.params)["own"]["reference"]["decoder"]
+    assert own["embedding"] is base.params["decoder"]["embedding"]
 
 
 def test_an_adapter_is_trained_the_same_on_every_mesh(ladder, tmp_path):

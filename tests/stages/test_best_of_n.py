@@ -41,6 +41,10 @@ def test_rows_are_prompts_columns_are_responses_and_proxies_share_them(ladder, t
     monkeypatch.setattr(rollouts, "make_rollout", None)
     again = best_of_n.run(CONFIG, tmp_path, stop=STOP, **where)
     assert all(np.array_equal(found[name], again[name]) for name in found)
+    with pytest.raises(InputError, match="belongs to a run with another config"):
+        best_of_n.run(
+            dataclasses.replace(CONFIG, num_prompts=CONFIG.num_prompts - 1), tmp_path, stop=STOP, **where
+        )
 
 
 def test_the_labeller_is_gold_and_a_bias_and_an_ensemble_keeps_its_members(ladder, tmp_path):

@@ -121,9 +121,9 @@ def test_learning_from_the_better_samples_raises_the_reward(kind, ladder, tmp_pa
         kind=kind,
         schedule=Schedule(num_steps=60),
         optimizer=OptimizerConfig(learning_rate=2e-3, schedule="constant"),
-        weight_temperature=0.2,
         eval_responses_per_prompt=16,
         batch_size=128,
+        **({} if kind == "best" else {"weight_temperature": 0.2}),
     )
     rejection.run(config, tmp_path, init_from=ladder.sft, reward_from=ladder.reward_model, stop=STOP)
     rows = rows_of(tmp_path)
@@ -158,6 +158,13 @@ def test_micro_batches_and_pmap_give_the_update_of_jit(stage, ladder, tmp_path):
         assert max(jax.tree.leaves(far)) < 1e-5, far
 
 
+def test_pairs_and_not_rollouts_are_what_an_update_splits(ladder, tmp_path):
+    message = r"config.batch_size / group_size / \(minibatches x microbatches\) is 4, which does not divide over 8 dev"
+    with pytest.raises(InputError, match=message):
+        config = dataclasses.replace(ONLINE, num_minibatches=4)
+        online_dpo.run(config, tmp_path, init_from=ladder.sft, reward_from=ladder.reward_model, stop=STOP)
+
+
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
@@ -173,6 +180,12 @@ def test_micro_batches_and_pmap_give_the_update_of_jit(stage, ladder, tmp_path):
             "min_score is 0.0, which kind=reward does not read",
         ),
         (REJECTION, {"weight_temperature": 0.0}, "weight_temperature is 0.0; it must be above 0"),
+        (REJECTION, {"max_weight": 3.0}, "config.max_weight is 3.0, which kind=best does not read"),
+        (
+            REJECTION,
+            {"kind": "advantage", "group_size": 1},
+            "group_size is 1, among which kind=advantage has nothing",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(config, change, message):

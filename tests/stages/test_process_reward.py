@@ -19,6 +19,7 @@ from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import decoder, heads
 from rlhf_jax.stages import grpo, inputs, ppo, process_reward, rollouts, sft
 from rlhf_jax.stages.inputs import DataConfig
+from rlhf_jax.stages.rollouts import Scoring
 from rlhf_jax.stages.run_directory import load_handoff_model
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -254,6 +255,7 @@ PPO_STEPS = ppo.Config(
     num_eval_prompts=12,
     reward="process",
     credit="step",
+    scoring=Scoring(steps="last"),
 )
 
 
@@ -323,6 +325,10 @@ def test_ppo_refuses_what_does_not_go_with_credit_by_steps():
             InputError, match=f"config.{next(iter(change))} is .* with which credit=step does"
         ):
             dataclasses.replace(PPO_STEPS, **change)
+    with pytest.raises(
+        InputError, match="config.scoring.steps is 'minimum', and what credit=step pays adds up to"
+    ):
+        dataclasses.replace(PPO_STEPS, scoring=Scoring())
 
 
 @pytest.mark.parametrize(
