@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import math
+import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -80,11 +82,14 @@ def plan(stage: str, mesh: Mesh, config: Any, model: ModelConfig) -> planner.Pla
     for work in works:
         started = time.monotonic()
         with sharding.scope(mesh), _nothing_kept(mesh):
-            compiled = _compile(work.name, work.function.lower(*work.arguments))
+            compiled, text = _compile(
+                work.name, work.function.lower(*work.arguments), absent=_is_absent(mesh)
+            )
         costs.append(
             planner.cost_of(
                 work.name,
                 compiled,
+                text,
                 beside=planner.resident_bytes(resident) - planner.resident_bytes(work.resident),
                 runs=work.runs,
                 loop_steps=config.data.response_length,
@@ -121,16 +126,31 @@ def _nothing_kept(mesh: Mesh) -> Iterator[None]:
     option = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, option)
     try:
-        if mesh.devices.flat[0] not in jax.devices():
+        if _is_absent(mesh):
             jax.config.update(option, math.inf)
         yield
     finally:
         jax.config.update(option, before)
 
 
-def _compile(name: str, lowered: Any) -> Any:
+def _is_absent(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0] not in jax.devices()
+
+
+def _compile(name: str, lowered: Any, *, absent: bool) -> tuple[Any, str]:
+    """The program, and its text; for devices that are absent as the compiler itself writes it.
+
+    JAX would carry the text over from a form of the program that cannot say all that a v5p's compiler made of it
+    ("async-update instruction should have 1 operands"; jax 0.10.2).
+    """
     try:
-        return lowered.compile()
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if absent else None
+            compiled = lowered.compile(compiler_options=options)
+            if not absent:
+                return compiled, compiled.as_text()
+            (written,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+            return compiled, written.read_text(encoding="utf-8")
     except jax.errors.JaxRuntimeError as error:
         found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error)) or re.search(
             r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error)

@@ -175,12 +175,15 @@ def meshes_of(devices: int, *, rows: int, heads: int, most_tensor: int = 8) -> I
             yield {"data": over_rows // fsdp, "fsdp": fsdp, "tensor": tensor}
 
 
-def cost_of(name: str, compiled: Any, *, beside: int, runs: int, loop_steps: int, seconds: float) -> Cost:
+def cost_of(
+    name: str, compiled: Any, text: str, *, beside: int, runs: int, loop_steps: int, seconds: float
+) -> Cost:
     """What a compiled program needs.
 
     Args:
       name: of the program.
       compiled: ``jit(...).lower(...).compile()``.
+      text: of the compiled program, optimised HLO.
       beside: bytes a chip holds beside its arguments while it runs.
       runs: how often it runs in a step.
       loop_steps: how often its loops run that end when data say so.
@@ -194,7 +197,7 @@ def cost_of(name: str, compiled: Any, *, beside: int, runs: int, loop_steps: int
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    counts = hlo.count(compiled.as_text(), unknown_trips=loop_steps)
+    counts = hlo.count(text, unknown_trips=loop_steps)
     return Cost(name=name, memory=needed, beside=beside, counts=counts, runs=runs, seconds=seconds)
 
 
