@@ -5,9 +5,10 @@
     python -m experiments.export --run=runs/dpo_lora --to=exported/adapter --adapter_on=exported/sft
 
 A policy becomes the language model of its family; a reward model becomes ...ForSequenceClassification with one label,
-whose scores are ours but for the constant that config.json keeps as score_bias. The directory is also one that
---init_from and --config.model.path take. With --adapter_on, a run with config.lora becomes PEFT's two files, which name
-the Hugging Face directory (or hub id) of what it was trained on.
+whose scores are ours but for the constant that config.json keeps as score_bias; of a process reward model the mark that
+divides steps is not written. A policy's directory is also one that --init_from and --config.model.path take. With
+--adapter_on, a run with config.lora becomes PEFT's two files, which name the Hugging Face directory (or hub id) of what
+it was trained on.
 """
 
 from __future__ import annotations

@@ -220,6 +220,7 @@ def make_prepare(model: ModelConfig, config: Config):
             "kl": mean_of(kl),
             "group_std": mean_of(jnp.std(groups, axis=1)),
             "no_spread": mean_of(jnp.all(groups == groups[:, :1], axis=1)),
+            "sampler_gap": online.sampler_gap(rollout, log_probs),
         }
         return batch, metrics
 

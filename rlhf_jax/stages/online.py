@@ -13,7 +13,7 @@ import numpy as np
 
 from rlhf_jax.data import batches
 from rlhf_jax.errors import InputError
-from rlhf_jax.metrics import count, mean_of, merge
+from rlhf_jax.metrics import Maximum, count, mean_of, merge
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.parallel import hosts, sharding
@@ -153,6 +153,11 @@ def _of_rollout(scored: ScoredRollout) -> dict:
         "terminated": mean_of(scored.rollout.terminated),
         "tokens": count(scored.rollout.token_mask),
     }
+
+
+def sampler_gap(rollout: Rollout, log_probs: jax.Array) -> Maximum:
+    """The largest gap, nats a token, between the sampler's log-probs and ``log_probs`` [B, R], the trainer's."""
+    return Maximum(jnp.max(jnp.where(rollout.response_mask, jnp.abs(rollout.log_probs - log_probs), 0.0)))
 
 
 def update(

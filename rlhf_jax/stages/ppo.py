@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from rlhf_jax import losses, masking
 from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.masking import WeightedSum
-from rlhf_jax.metrics import Maximum, mean_of
+from rlhf_jax.metrics import mean_of
 from rlhf_jax.models import heads
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
@@ -202,7 +202,7 @@ def make_prepare(model: ModelConfig, value_model: ModelConfig, config: Config):
             "beta": mean_of(beta),
             "value_explained_variance": mean_of(1.0 - unexplained / jnp.maximum(variance, 1e-8)),
             # The sampler and the trainer are two programs; this is how far they disagree on the same tokens.
-            "sampler_gap": Maximum(jnp.max(jnp.where(mask, jnp.abs(rollout.log_probs - log_probs), 0.0))),
+            "sampler_gap": online.sampler_gap(rollout, log_probs),
         }
         return batch, metrics
 

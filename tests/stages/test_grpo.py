@@ -158,6 +158,7 @@ def test_kl_is_zero_before_the_first_update_and_the_policy_moves(changes, ladder
     start, first, second = rows_of(tmp_path)
     assert abs(first["kl"]) < 1e-5 and abs(start["eval/kl"]) < 1e-5
     assert first["approx_kl"] < 1e-9, "the first update is on-policy"
+    assert first["sampler_gap"] < 1e-5
     assert second["eval/kl"] > 1e-6
     if "loss/kl" in first:
         assert abs(first["loss/kl"]) < 1e-9 and second["loss/kl"] > 0
