@@ -21,6 +21,7 @@ from absl import app, flags
 
 from rlhf_jax.data import batches, pipeline, prepared, world
 from rlhf_jax.data import tokenizer as tokenizers
+from rlhf_jax.stages import inputs
 
 ROWS = flags.DEFINE_integer("rows", 1_000_000, "How many demonstrations.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the source and the prepared set lie.", required=True)
@@ -61,7 +62,7 @@ def main(argv):
             prepared.prepare(source, "demonstrations", place)
         found["rss_after_prepare_mib"] = _peak(resource.RUSAGE_SELF)
     with _timed(found, "first_batch_s"):
-        rows, _ = prepared.split_prepared(prepared.open_prepared(place), held_out_fraction=0.01, seed=0)
+        rows = inputs.load_demonstrations(inputs.DataConfig(path=str(place), held_out_fraction=0.01)).train
         encoded, report = batches.encode_demonstrations(
             rows, tokenizer, prompt_length=prompt, response_length=response, truncation="keep_start"
         )

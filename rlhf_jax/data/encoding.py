@@ -104,9 +104,12 @@ class EncodedWhenRead(Sequence):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodeReport:
-    """kept: rows encoded, truncated ones included. dropped, truncated: (source, reason) of each such row."""
+    """kept: rows encoded, truncated ones included. dropped, truncated: (source, reason) of each such row. repeated: how
+    many more there were with a prompt that had come before, where each is used once.
+    """
 
     kept: int
+    repeated: int = 0
     dropped: tuple[tuple[str, str], ...] = ()
     truncated: tuple[tuple[str, str], ...] = ()
 

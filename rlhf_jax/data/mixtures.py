@@ -72,6 +72,15 @@ class Mixture(Sequence):
         return dataclasses.replace(self, parts=tuple(function(part) for part in self.parts))
 
 
+def in_turn(rows: Sequence, count: int) -> list[Any]:
+    """The first ``count`` rows, in memory; those of a mixture from each of its parts in turn, until it has no more."""
+    if not isinstance(rows, Mixture):
+        return fetch(rows, np.arange(min(count, len(rows))))
+    places = [(place, part) for part, own in enumerate(rows.parts) for place in range(min(count, len(own)))]
+    starts = [source.start for source in rows.sources()]
+    return rows.fetch(np.array([starts[part] + place for place, part in sorted(places)[:count]], np.int64))
+
+
 def fetch(rows: Sequence, places: np.ndarray) -> list[Any]:
     """The rows at some places [M] int, read together where the sequence can do that."""
     if hasattr(rows, "fetch"):

@@ -303,14 +303,6 @@ def read_manifest(directory: pathlib.Path) -> Manifest:
         raise InputError(f"{path} cannot be read ({error}): prepare the set again.") from None
 
 
-def split_prepared(
-    prepared: Prepared, *, held_out_fraction: float, seed: int
-) -> tuple[PreparedRows, PreparedRows]:
-    """(training rows, held-out rows), those of `readers.split_by_group` on the files that the set was made from."""
-    held_out = readers.is_held_out(prepared.groups, held_out_fraction=held_out_fraction, seed=seed)
-    return prepared.rows.select(np.flatnonzero(~held_out)), prepared.rows.select(np.flatnonzero(held_out))
-
-
 def first_of_each_prompt(prepared: Prepared, rows: PreparedRows) -> PreparedRows:
     """Those of ``rows`` whose prompt has not come before, in order."""
     _, places = np.unique(prepared.prompts[rows.indices], return_index=True)

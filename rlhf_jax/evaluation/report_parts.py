@@ -140,12 +140,14 @@ def curve(run: Run, metric: str, *, name: str, title: str, color: str, note: str
 
 def data_report(runs: Mapping[str, Run]) -> str:
     """How many rows each run used, and which it left out or cut, with the reasons of the first few."""
-    rows, lists = [], []
+    rows, lists, repeated = [], [], 0
     for name, run in runs.items():
         unreadable = run.data.get("unreadable", [])
         parts = {part: found for part, found in run.data.items() if part != "unreadable"}
         for part, found in parts.items():
-            counts = [found["kept"], len(found["dropped"]), len(found["truncated"]), len(unreadable)]
+            listed = [found[kind] for kind in ("dropped", "truncated")]
+            counts = [found["kept"], found.get("repeated", 0), *map(len, listed), len(unreadable)]
+            repeated += counts[1]
             rows.append(
                 [text(f"{name}, {part.replace('_', ' ')}"), *(number(count, ",") for count in counts)]
             )
@@ -162,7 +164,11 @@ def data_report(runs: Mapping[str, Run]) -> str:
         if lists
         else "Nothing was left out and nothing was cut."
     )
-    head = ["Rows of", "Kept", "Dropped", "Truncated", "Unreadable"]
+    if repeated:
+        said += (
+            " Where prompts are used once each, rows that repeat an earlier one's are counted as repeated."
+        )
+    head = ["Rows of", "Kept", "Repeated", "Dropped", "Truncated", "Unreadable"]
     return page.paragraph(said) + "\n" + page.table(head, rows, "small") + "\n".join(lists)
 
 

@@ -106,7 +106,7 @@ def run(
         scored = rollouts.model_reward(reward, rollouts.Scoring())
         rewards[name] = scored.of_rows if scored.of_members is None else _of_members(scored)
     prompts, _ = batches.encode_prompts(
-        inputs.load_prompts(config.data).held_out[: config.num_prompts],
+        inputs.load_prompts(config.data).first_held_out(config.num_prompts),
         model.tokenizer,
         prompt_length=config.data.prompt_length,
         truncation=config.data.truncation,

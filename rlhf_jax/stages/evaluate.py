@@ -82,11 +82,12 @@ def run(
     check_scores(reward)
     split = inputs.load_prompts(config.data)
     encoded, report = batches.encode_prompts(
-        split.held_out[: config.num_prompts],
+        split.first_held_out(config.num_prompts),
         reference.tokenizer,
         prompt_length=config.data.prompt_length,
         truncation=config.data.truncation,
     )
+    report = dataclasses.replace(report, repeated=split.repeated[1])
     write_data_report(run_, split.left_out, prompts=report)
     # Whole rounds over the prompts, so that the first samples are of different prompts.
     encoded = dataclasses.replace(encoded, rows=encoded.rows * config.responses_per_prompt)

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
-from rlhf_jax.data import arithmetic, batches, pipeline, prepared, readers, world
+from rlhf_jax.data import arithmetic, batches, mixtures, pipeline, prepared, readers, world
 from rlhf_jax.data.mixtures import Mixture
 from rlhf_jax.data.prepared import PreparedRows
-from rlhf_jax.data.rows import Demonstration, Preference, Prompt, with_soft_label
+from rlhf_jax.data.rows import Demonstration, Preference, Prompt, group_of, with_soft_label
 from rlhf_jax.errors import InputError, check_range
 
 
@@ -30,7 +31,8 @@ class DataConfig:
     vote_prior: votes added to either side then.
     prompt_length, response_length: padded widths in tokens. truncation: what happens to a row that is longer.
     on_bad_row: whether an unusable row stops the run or is left out, counted and listed. held_out_fraction,
-    split_seed: a file is split by group (topic, prompt), never by row; the world draws its held-out rows apart.
+    split_seed: files are split by group (topic, prompt), never by row, all of them at once, so that no group is trained
+    on in one and held out in another; the world draws its held-out rows apart.
     """
 
     path: str = ""
@@ -65,6 +67,8 @@ class DataConfig:
 class Split:
     """Training and held-out rows, and what was left out on request: (source, reason) each.
 
+    repeated: how many further rows of either side had a prompt that had come before, where each prompt is used once.
+
     Raises:
       InputError: either is empty; every stage trains on the one and is judged by the other.
     """
@@ -72,6 +76,7 @@ class Split:
     train: Sequence
     held_out: Sequence
     left_out: Sequence[tuple[str, str]] = ()
+    repeated: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         if not self.train or not self.held_out:
@@ -79,6 +84,10 @@ class Split:
                 f"the data gives {len(self.train)} rows to train on and {len(self.held_out)} held out for evaluation: "
                 "raise --config.data.held_out_fraction (of a file) or the counts of --config.data.world"
             )
+
+    def first_held_out(self, count: int) -> list:
+        """So many held-out rows, or as many as there are, in memory; of several sources each in turn."""
+        return mixtures.in_turn(self.held_out, count)
 
 
 def load_demonstrations(config: DataConfig) -> Split:
@@ -200,12 +209,12 @@ def preference_batches(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Source:
-    """What one path holds: rows of a kind, divided by group. opened: the prepared set, where it is one."""
+    """What one path holds: rows of a kind, and digests of their groups, [N] uint64. opened: the set, if prepared."""
 
     path: pathlib.Path
     kind: str
-    train: Sequence
-    held_out: Sequence
+    rows: Sequence
+    groups: np.ndarray
     left_out: Sequence[tuple[str, str]]
     opened: prepared.Prepared | None = None
 
@@ -220,18 +229,47 @@ def _split_of(
     paths = [config.path] if pathlib.Path(config.path).exists() else config.path.split(",")
     weights = _weights(config, len(paths))
     sources = [_read(pathlib.Path(path), config, kind or config.format) for path in paths]
-    train, held_out = (
-        [convert(source, rows) for source, rows in zip(sources, sides, strict=True)]
-        for sides in ([source.train for source in sources], [source.held_out for source in sources])
-    )
+    sides, repeated = [], []
+    for side in _divided(config, sources):
+        parts = [convert(source, rows) for source, rows in zip(sources, side, strict=True)]
+        sides.append(_mixed(parts, weights))
+        repeated.append(sum(map(len, side)) - sum(map(len, parts)))
+    train, held_out = sides
     left_out = [entry for source in sources for entry in source.left_out]
-    if len(sources) == 1:
-        return Split(train=train[0], held_out=held_out[0], left_out=left_out)
-    return Split(
-        train=Mixture(parts=tuple(train), weights=weights),
-        held_out=Mixture(parts=tuple(held_out), weights=weights),
-        left_out=left_out,
+    return Split(train=train, held_out=held_out, left_out=left_out, repeated=tuple(repeated))
+
+
+def _divided(config: DataConfig, sources: Sequence[_Source]) -> tuple[list[Sequence], list[Sequence]]:
+    """Training rows of each source, and held-out rows of each; a group that several have is on one side in all."""
+    held_out = readers.is_held_out(
+        np.concatenate([source.groups for source in sources]),
+        held_out_fraction=config.held_out_fraction,
+        seed=config.split_seed,
     )
+    ends = np.cumsum([len(source.groups) for source in sources])
+    of_each = list(zip(sources, np.split(held_out, ends[:-1]), strict=True))
+    for source, out in of_each:
+        if out.all():
+            raise InputError(
+                f"{source.path} has nothing to train on: all its {len(out)} rows are of groups that are held out; "
+                "lower --config.data.held_out_fraction, or give another --config.data.split_seed"
+            )
+    return tuple(
+        [_select(source.rows, np.flatnonzero(out == side)) for source, out in of_each]
+        for side in (False, True)
+    )
+
+
+def _select(rows: Sequence, places: np.ndarray) -> Sequence:
+    return rows.select(places) if isinstance(rows, PreparedRows) else [rows[int(place)] for place in places]
+
+
+def _mixed(parts: Sequence[Sequence], weights: Sequence[float]) -> Sequence:
+    """The parts that have rows as one."""
+    kept = [(part, weight) for part, weight in zip(parts, weights, strict=True) if part]
+    if len(kept) < 2:
+        return kept[0][0] if kept else []
+    return Mixture(parts=tuple(part for part, _ in kept), weights=tuple(weight for _, weight in kept))
 
 
 def _weights(config: DataConfig, count: int) -> tuple[float, ...]:
@@ -250,17 +288,14 @@ def _weights(config: DataConfig, count: int) -> tuple[float, ...]:
 
 
 def _read(path: pathlib.Path, config: DataConfig, kind: str) -> _Source:
-    how = {"held_out_fraction": config.held_out_fraction, "seed": config.split_seed}
     if prepared.is_prepared(path):
         opened = prepared.open_prepared(path)
-        train, held_out = prepared.split_prepared(opened, **how)
-        manifest = opened.manifest
         return _Source(
             path=path,
-            kind=manifest.kind,
-            train=train,
-            held_out=held_out,
-            left_out=manifest.skipped,
+            kind=opened.manifest.kind,
+            rows=opened.rows,
+            groups=opened.groups,
+            left_out=opened.manifest.skipped,
             opened=opened,
         )
     read = {
@@ -270,8 +305,8 @@ def _read(path: pathlib.Path, config: DataConfig, kind: str) -> _Source:
         "steps": readers.read_process_steps,
     }[kind]
     rows, report = read(path, on_bad_row=config.on_bad_row)
-    train, held_out = readers.split_by_group(rows, **how)
-    return _Source(path=path, kind=kind, train=train, held_out=held_out, left_out=report.skipped)
+    groups = readers.digests([group_of(row) for row in rows])
+    return _Source(path=path, kind=kind, rows=rows, groups=groups, left_out=report.skipped)
 
 
 def _as_steps(source: _Source, rows: Sequence) -> Sequence:

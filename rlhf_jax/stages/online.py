@@ -18,7 +18,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.stages import adapters, rollouts
+from rlhf_jax.stages import adapters, data_reports, rollouts
 from rlhf_jax.stages.run_directory import (
     Model,
     Progress,
@@ -267,6 +267,7 @@ def train(
         seed=run.data_seed(config.seed),
         share=run.share,
     )
+    counts = data_reports.counts(run)
     progress = Progress(
         run.stage, config.schedule.num_steps, ("proxy", "gold", "kl", "length"), line_every=10
     )
@@ -280,7 +281,7 @@ def train(
             workdir=run.workdir,
             progress=progress,
             stop=run.stop,
-            evaluate=lambda state: evaluate(method.policy_of(state.train.params)),
+            evaluate=lambda state: counts | evaluate(method.policy_of(state.train.params)),
             skipped_updates=lambda state: state.train.skipped,
             enough=config.stop_when,
             sources_of=iterator.sources_of,

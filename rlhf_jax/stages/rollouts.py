@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.data import batches
+from rlhf_jax.data import batches, mixtures
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.evaluation import policies
@@ -21,7 +21,7 @@ from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import ensembles, objectives, process, process_model, reward_model, sentiment, verifiers
 from rlhf_jax.sampling.generate import SamplingConfig, generate
-from rlhf_jax.stages import inputs
+from rlhf_jax.stages import data_reports, inputs
 from rlhf_jax.stages.run_directory import (
     Model,
     Purpose,
@@ -42,15 +42,23 @@ def encode_prompts(
 
     Raises:
       InputError: a prompt that cannot be used, or widths beyond the model's context.
+      Interrupted: stopped on request while a prepared set was scanned.
     """
     check_context(model, data.prompt_length + data.response_length)
     split = inputs.load_prompts(data)
     widths = {"prompt_length": data.prompt_length, "truncation": data.truncation}
-    train, report = batches.encode_prompts(split.train, model.tokenizer, **widths)
+    with data_reports.shown_scan(run) as progress:
+        train, report = batches.encode_prompts(split.train, model.tokenizer, progress=progress, **widths)
     held_out, held_out_report = batches.encode_prompts(
-        split.held_out[:num_eval_prompts], model.tokenizer, **widths
+        split.first_held_out(num_eval_prompts), model.tokenizer, **widths
     )
-    write_data_report(run, split.left_out, train=report, held_out=held_out_report)
+    reports = {
+        side: dataclasses.replace(found, repeated=repeated)
+        for side, found, repeated in zip(
+            ("train", "held_out"), (report, held_out_report), split.repeated, strict=True
+        )
+    }
+    write_data_report(run, split.left_out, **reports)
     # Whole rounds over the prompts; a row's noise depends on its place, so a prompt's responses differ.
     return train, dataclasses.replace(held_out, rows=held_out.rows * responses_per_prompt)
 
@@ -432,4 +440,6 @@ def make_alarm(
 
 def of_prompts(reward: RowReward, encoded: batches.Encoded) -> Callable[[Rollout, np.ndarray], Any]:
     """A reward of data rows as one of indices into ``encoded``, which is what a batch of prompts carries."""
-    return lambda rollout, index: reward(rollout, [encoded.rows[i].row for i in np.asarray(index)])
+    return lambda rollout, index: reward(
+        rollout, [row.row for row in mixtures.fetch(encoded.rows, np.asarray(index))]
+    )

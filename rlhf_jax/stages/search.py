@@ -143,7 +143,7 @@ def run(
 
 def _prompts(config: Config, policy: Model) -> batches.Encoded:
     encoded, _ = batches.encode_prompts(
-        inputs.load_prompts(config.data).held_out[: config.num_prompts],
+        inputs.load_prompts(config.data).first_held_out(config.num_prompts),
         policy.tokenizer,
         prompt_length=config.data.prompt_length,
         truncation=config.data.truncation,

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import tqdm
 
 from rlhf_jax.data.pipeline import BatchIterator
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.stages import adapters, inputs
+from rlhf_jax.parallel import sharding
+from rlhf_jax.stages import adapters, data_reports, inputs
 from rlhf_jax.stages.run_directory import Model, Progress, Purpose, Run, check_context, write_data_report
-from rlhf_jax.training.interrupt import Interrupted
 from rlhf_jax.training.loop import fit
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.step import Objective, TrainState, init_train_state, make_train_step
@@ -41,50 +36,12 @@ def encode_split(
       Interrupted: stopped on request while a prepared set was scanned.
     """
     check_context(model, data.prompt_length + data.response_length)
-    with _shown_scan(run) as progress:
+    with data_reports.shown_scan(run) as progress:
         how = {"progress": progress, **data.widths}
         train, train_report = encode(split.train, model.tokenizer, **how)
         held_out, held_out_report = encode(split.held_out, model.tokenizer, **how)
     write_data_report(run, split.left_out, train=train_report, held_out=held_out_report)
     return train, held_out
-
-
-def data_counts(run: Run) -> dict[str, float]:
-    """How many rows the run's ``data.json`` lists as left out ("data/left_out") and cut ("data/truncated").
-
-    Both sides of the split together; without what there is none of. Of several processes, the one that writes metrics
-    reads the file, and the others answer {}.
-    """
-    if not hosts.is_main():
-        return {}
-    path = run.workdir / "data.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"unreadable": []}
-    unreadable, sides = found.pop("unreadable"), found.values()
-    counts = {
-        "data/left_out": float(len(unreadable) + sum(len(side["dropped"]) for side in sides)),
-        "data/truncated": float(sum(len(side["truncated"]) for side in sides)),
-    }
-    return {name: count for name, count in counts.items() if count}
-
-
-@contextlib.contextmanager
-def _shown_scan(run: Run) -> Iterator[Callable[[int, int], None]]:
-    """A bar while a prepared set is scanned, or a line where there is no terminal; a request to stop ends it."""
-    terminal = sys.stderr.isatty()
-    with tqdm.tqdm(desc=f"{run.stage}: scan", unit=" rows", delay=0.5, disable=not terminal) as bar:
-
-        def progress(rows: int, total: int) -> None:
-            if 0 < rows < total and run.stop.requested is not None:
-                raise Interrupted(
-                    f"{run.stop.requested}: stopped while the data was scanned, before any training; run the same "
-                    "command again"
-                )
-            if rows == 0 and not terminal:
-                print(f"{run.stage}: scans {total:,} rows, once for all runs", file=sys.stderr, flush=True)
-            bar.total = total
-            bar.update(rows - bar.n)
-
-        yield progress
 
 
 def train(
@@ -112,7 +69,7 @@ def train(
       frozen: parameters that the objective reads and nothing trains.
       iterator: endless batches of ``config.batch_size`` rows, this process's share of each; closed in the end,
         and its workers with it.
-      evaluate: ``evaluate(params)`` -> the held-out numbers; what `data_counts` says is written beside them.
+      evaluate: ``evaluate(params)`` -> the held-out numbers; what `data_reports.counts` says is written beside them.
       shown: names of the metrics that the progress bar shows.
       prepare: ``prepare(params, frozen, batch)`` -> the batch with what the whole of it decides and the update holds
         constant; before it is split into micro-batches.
@@ -149,7 +106,7 @@ def train(
             batch = prepared(state.params, frozen, meshes.put_rows(run.mesh, batch))
         return train_step(state, frozen, batch)
 
-    counts = data_counts(run)
+    counts = data_reports.counts(run)
     progress = Progress(run.stage, config.schedule.num_steps, shown, line_every=50)
     try:
         state = fit(

@@ -98,15 +98,16 @@ def test_splits_are_by_group_and_those_of_the_reader(tmp_path):
     path = write(tmp_path / "in.jsonl", records)
     prepared.prepare(path, "demonstrations", tmp_path / "set")
     opened = prepared.open_prepared(tmp_path / "set")
-    train, held_out = prepared.split_prepared(opened, held_out_fraction=0.3, seed=4)
+    out = readers.is_held_out(opened.groups, held_out_fraction=0.3, seed=4)
+    train, held_out = (opened.rows.select(np.flatnonzero(out == side)) for side in (False, True))
     assert sorted([*train, *held_out], key=lambda row: int(row.response)) == list(opened.rows)
     assert not {row.prompt for row in train} & {row.prompt for row in held_out}
     assert 24 <= len(held_out) < 24 + 8
     rows, _ = readers.read_demonstrations(path)
     assert (list(train), list(held_out)) == readers.split_by_group(rows, held_out_fraction=0.3, seed=4)
-    assert not len(prepared.split_prepared(opened, held_out_fraction=0.0, seed=4)[1])
+    assert not readers.is_held_out(opened.groups, held_out_fraction=0.0, seed=4).any()
     with pytest.raises(InputError, match="held_out_fraction is 1.0"):
-        prepared.split_prepared(opened, held_out_fraction=1.0, seed=4)
+        readers.is_held_out(opened.groups, held_out_fraction=1.0, seed=4)
 
 
 @pytest.fixture

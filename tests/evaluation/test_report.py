@@ -210,12 +210,12 @@ def test_rows_left_out_are_counted_and_the_first_are_named(ladder):
     cut = [[f"pairs.jsonl:{n}", "has a prompt of 700 tokens"] for n in range(8)]
 
     def leave_out(data):
-        data["train"]["truncated"] = cut
+        data["train"] |= {"truncated": cut, "repeated": 12}
         data["unreadable"] = [["pairs.jsonl:99", "is not JSON"]]
 
     edit(ladder / "dpo" / "data.json", leave_out)
     page = page_of(ladder)
-    assert ["3687", "0", "8", "1"] in [values for head, values in page.rows if head == "dpo, train"]
+    assert ["3687", "12", "0", "8", "1"] in [values for head, values in page.rows if head == "dpo, train"]
     assert "pairs.jsonl:4 has a prompt of 700 tokens" in page.text
     assert "pairs.jsonl:5" not in page.text and "and 3 more in data.json" in page.text
     assert "pairs.jsonl:99 is not JSON" in page.text

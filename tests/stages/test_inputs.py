@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.data import batches, packing, prepared
+from rlhf_jax.data import batches, mixtures, packing, prepared
 from rlhf_jax.data.arithmetic import arithmetic_tokenizer
 from rlhf_jax.data.mixtures import Mixture
 from rlhf_jax.data.prepared import PreparedRows
@@ -105,6 +105,55 @@ def test_sources_are_mixed_on_disk_and_in_memory(folder):
     assert [source.weight for source in encoded.sources] == [3.0, 1.0]
     iterator = inputs.demonstration_batches(BatchConfig(), encoded, batch_size=8, seed=0)
     assert next(iterator).tokens.shape == (8, 32)
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_group_of_several_sources_is_on_one_side_in_all(folder, kind):
+    """Other rows of g5 to g12, and of groups of its own, in a second file of other sizes."""
+    rows = [pair(i, "so ") for i in range(80) if i % 13 > 4 and i % 3 or i % 13 == 6]
+    rows += [pair(i, "oh ") | {"group": f"h{i % 5}"} for i in range(30)]
+    (folder / "second.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for first in ("pairs", "pairs.jsonl"):
+        for seed in range(4):
+            data = DataConfig(
+                path=f"{folder / first},{folder / 'second.jsonl'}", split_seed=seed, held_out_fraction=0.3
+            )
+            split = LOADERS[kind](data)
+            train, held_out = ({row.group for row in side} for side in (split.train, split.held_out))
+            assert not train & held_out and train | held_out == {row["group"] for row in rows} | {
+                f"g{i}" for i in range(13)
+            }
+            if kind != "prompts":
+                assert 0.3 * (80 + len(rows)) <= len(split.held_out) < 0.5 * (80 + len(rows))
+
+
+def test_a_source_that_is_held_out_whole_is_refused(folder):
+    rows = [pair(i) for i in range(80) if i % 13 == 0]
+    (folder / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = f"{folder / 'pairs'},{folder / 'one.jsonl'}"
+    found = []
+    for seed in range(40):
+        try:
+            split = inputs.load_preferences(DataConfig(path=path, split_seed=seed, held_out_fraction=0.3))
+            assert isinstance(split.train, Mixture) and not isinstance(split.held_out, Mixture)
+        except InputError as error:
+            found.append(str(error))
+    assert 0 < len(found) < 40
+    assert (
+        "one.jsonl has nothing to train on: all its 7 rows are of groups that are held out; lower" in found[0]
+    )
+
+
+def test_evaluation_prompts_are_of_every_source_in_turn(folder):
+    split = inputs.load_prompts(DataConfig(path=f"{folder / 'pairs'},{folder / 'pairs.jsonl'}"))
+    first, second = (list(part) for part in split.held_out.parts)
+    assert len(first) == len(second) > 2
+    in_turn = [row for rows in zip(first, second, strict=True) for row in rows]
+    assert split.first_held_out(3) == in_turn[:3]
+    assert split.first_held_out(1000) == in_turn
+    parts = (first, second[:1], split.held_out.parts[0])
+    mixture = Mixture(parts=parts, weights=(1.0, 2.0, 3.0))
+    assert mixtures.in_turn(mixture, 5) == [first[0], second[0], first[0], first[1], first[1]]
 
 
 @pytest.mark.parametrize(("truncation", "response_length"), [("error", 20), ("keep_start", 10)])

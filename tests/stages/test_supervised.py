@@ -12,13 +12,14 @@ import pytest
 from rlhf_jax import checkpoints
 from rlhf_jax.data import batches, prepared, scans, world
 from rlhf_jax.errors import InputError
-from rlhf_jax.stages import inputs, reward_model, sft, supervised
+from rlhf_jax.evaluation import report
+from rlhf_jax.stages import evaluate, grpo, inputs, reward_model, rollouts, sft, steering, supervised
 from rlhf_jax.stages.inputs import BatchConfig, DataConfig
 from rlhf_jax.stages.run_directory import load_model, open_run
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 from rlhf_jax.training.loop import Schedule
 
-from .conftest import REWARD, SFT, WORLD, StopAfter
+from .conftest import REWARD, SFT, SHARED, WORLD, StopAfter
 
 
 def params_of(workdir):
@@ -87,6 +88,78 @@ def _opened(config, workdir):
     run = open_run(workdir, "sft", config, inputs={}, parallelism="jit", mesh=None, stop=StopRequest())
     model = load_model(config.model.path, run)
     return run, config.data, model, inputs.load_demonstrations(config.data), batches.encode_demonstrations
+
+
+def test_prompts_of_a_prepared_set_are_those_of_its_file(ladder, pairs, tmp_path, monkeypatch, capsys):
+    """Also those of every evaluation, in whole rounds; the scan is shown, and ends on request."""
+    monkeypatch.setattr(scans, "_CHUNK", 16)
+    found = {}
+    for path in (pairs, pairs.with_suffix("")):
+        data = DataConfig(path=str(path), prompt_length=14)
+        run, _, model, *_ = _opened(
+            dataclasses.replace(SFT, model=sft.ModelSource(path=ladder.sft)), tmp_path
+        )
+        how = {"num_eval_prompts": 3, "responses_per_prompt": 2}
+        if not found:
+            found[path] = rollouts.encode_prompts(run, data, model, **how)
+            continue
+        with pytest.raises(Interrupted, match="stopped while the data was scanned"):
+            rollouts.encode_prompts(dataclasses.replace(run, stop=StopAfter(1)), data, model, **how)
+        capsys.readouterr()
+        found[path] = rollouts.encode_prompts(run, data, model, **how)
+        assert "sft: scans 64 rows, once for all runs" in capsys.readouterr().err
+    of_file, of_set = found.values()
+    for one, other in zip(of_file, of_set, strict=True):
+        assert list(one.rows) == list(other.rows)
+    asked = [row.row.prompt for row in of_set[1].rows]
+    assert len(set(asked)) == 3 and asked == asked[:3] * 2
+
+
+def test_grpo_on_a_prepared_set_is_grpo_on_its_file(ladder, pairs, tmp_path):
+    """Prompts that pairs share are counted, in data.json, in the metrics and in the report."""
+    workdirs = {pairs: tmp_path / "file", pairs.with_suffix(""): tmp_path / "set"}
+    for path, workdir in workdirs.items():
+        config = grpo.Config(
+            **SHARED | {"data": DataConfig(path=str(path)), "schedule": Schedule(num_steps=1)},
+            group_size=4,
+            reward="sentiment",
+            num_eval_prompts=4,
+            eval_responses_per_prompt=2,
+        )
+        grpo.run(config, workdir, init_from=ladder.sft, stop=StopRequest())
+    assert_same_run(*workdirs.values())
+    rows = world.preferences(WORLD, "train")
+    repeated = len(rows) - len({row.prompt for row in rows})
+    assert repeated > 0
+    sides = json.loads((workdirs[pairs] / "data.json").read_text())
+    assert sum(sides[side]["repeated"] for side in ("train", "held_out")) == repeated
+    written = [json.loads(line) for line in (workdirs[pairs] / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [row for row in written if "eval/kl" in row]
+    assert evaluated and all(row["data/repeated"] == repeated for row in evaluated)
+    report.write_report(workdirs[pairs])
+    assert "Repeated" in (workdirs[pairs] / "report.html").read_text()
+
+
+def test_policies_are_measured_on_a_prepared_set_as_on_its_file(ladder, pairs, tmp_path):
+    found = {}
+    for path in (pairs, pairs.with_suffix("")):
+        data = DataConfig(path=str(path))
+        how = {"data": data, "num_prompts": 3, "responses_per_prompt": 2, "batch_size": 16}
+        measured = evaluate.run(
+            evaluate.Config(best_of=2, **how),
+            tmp_path / "evaluate" / path.name,
+            reference_from=ladder.sft,
+            reward_from=ladder.reward_model,
+            policies_from={},
+            stop=StopRequest(),
+        )
+        workdir = tmp_path / "steering" / path.name
+        steered = steering.run(
+            steering.Config(**how), workdir, first_from=ladder.sft, policies_from={}, stop=StopRequest()
+        )
+        found[path] = (measured, steered, json.loads((workdir / "data.json").read_text()))
+        assert found[path][2]["prompts"]["kept"] == 3
+    assert found[pairs] == found[pairs.with_suffix("")]
 
 
 def test_buckets_resume_and_other_data_is_refused(ladder, pairs, tmp_path):
