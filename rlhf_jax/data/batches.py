@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from rlhf_jax.data.encoding import (
     EncodedPreference,
     EncodedPrompt,
     EncodeReport,
+    digest_of,
     encode_demonstrations,
     encode_preferences,
     encode_prompts,
@@ -265,9 +265,14 @@ def _check_batches(encoded: Encoded, batch_size: int, seed: int, share: pipeline
 
 
 def _identity(encoded: Encoded, batch_size: int, seed: int, layout: Any) -> str:
-    """Everything that decides which rows are in which batch; of the rows themselves, how many tokens each has."""
-    lengths = hashlib.sha256(np.ascontiguousarray(lengths_of(encoded), "<i4").tobytes()).hexdigest()
-    shape = (lengths, len(encoded), encoded.prompt_length, encoded.response_length, encoded.pad_id)
+    """Everything that decides which rows are in which batch, and what they say."""
+    shape = (
+        digest_of(encoded),
+        len(encoded),
+        encoded.prompt_length,
+        encoded.response_length,
+        encoded.pad_id,
+    )
     sources = [dataclasses.astuple(source) for source in encoded.sources]
     return json.dumps([*shape, sources, batch_size, seed, layout])
 

@@ -409,6 +409,26 @@ def fit_all(
     return fitted, EncodeReport(kept=len(fitted), dropped=tuple(dropped), truncated=tuple(truncated))
 
 
+def digest_of(encoded: Encoded) -> str:
+    """SHA-256 of what every row says, in order; rows of a prepared set are not read for it.
+
+    Of such a set it is that of what was written, of which rows of it are meant, and of how they are encoded.
+    """
+    found = hashlib.sha256()
+    if isinstance(encoded.rows, Mixture):
+        for part in encoded.rows.parts:
+            found.update(digest_of(dataclasses.replace(encoded, rows=part)).encode())
+    elif isinstance(encoded.rows, EncodedWhenRead):
+        rows = encoded.rows.rows
+        found.update(json.dumps([rows.digest, rows.view]).encode())
+        found.update(np.ascontiguousarray(rows.indices, "<i8").tobytes())
+        found.update(np.ascontiguousarray(encoded.rows.lengths, "<i4").tobytes())
+    else:
+        for row in encoded.rows:
+            found.update(repr(row).encode("utf-8", "backslashreplace"))
+    return found.hexdigest()
+
+
 def lengths_of(encoded: Encoded) -> np.ndarray:
     """[N, 2] int32: ids of prompt and response of each row, without reading it where that is known."""
     if isinstance(encoded.rows, EncodedWhenRead):

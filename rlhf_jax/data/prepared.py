@@ -68,13 +68,15 @@ class PreparedRows(Sequence):
     """Some rows of a prepared set, in some order; each is read when it is asked for.
 
     source: all rows, as examples. decode: from an example to a row. indices: [N] int64, which rows.
-    directory: where the set lies. view: what ``convert`` makes of its rows, in a word; "" where they are as written.
+    directory: where the set lies. digest: SHA-256 of what was written there. view: what ``convert`` makes of its rows,
+    in a word; "" where they are as written.
     """
 
     source: Any
     decode: Callable[[Any], Row]
     indices: np.ndarray
     directory: pathlib.Path
+    digest: str
     view: str = ""
 
     def __len__(self) -> int:
@@ -277,6 +279,7 @@ def open_prepared(path: str | os.PathLike) -> Prepared:
         decode=kind.decode,
         indices=np.arange(len(source), dtype=np.int64),
         directory=directory,
+        digest=hashlib.sha256("".join(was.sha256 for was in manifest.written).encode()).hexdigest(),
     )
     return Prepared(manifest=manifest, rows=rows, groups=groups[:, 0], prompts=groups[:, 1])
 

@@ -16,7 +16,7 @@ import pytest
 
 from rlhf_jax.checkpoints import Checkpoints
 from rlhf_jax.data import batches as b
-from rlhf_jax.data import prepared
+from rlhf_jax.data import prepared, readers
 from rlhf_jax.data.mixtures import Mixture
 from rlhf_jax.data.pipeline import BatchIterator, Share
 from rlhf_jax.data.world import WorldConfig, demonstrations, preferences, prompts, world_tokenizer
@@ -239,6 +239,33 @@ def test_a_position_in_rows_of_other_lengths_is_refused(lazy):
         iterator = b.demonstration_batches(dataclasses.replace(encoded, rows=other), batch_size=4, seed=2)
         with pytest.raises(InputError, match="is of another order of batches"):
             iterator.set_state(state)
+
+
+def test_a_position_in_rows_of_equal_lengths_that_say_something_else_is_refused(tokenizer, tmp_path):
+    """Labels swapped, in memory and in a set that is prepared again; the very same set prepared again goes on."""
+    lines = [{"prompt": f"{i % 7}", "chosen": "warm", "rejected": "dull"} for i in range(12)]
+    swapped = [line | {"chosen": "dull", "rejected": "warm"} for line in lines]
+    states = {}
+    for name, said in (("first", lines), ("again", lines), ("swapped", swapped)):
+        path = tmp_path / "pairs.jsonl"
+        path.write_text("\n".join(map(json.dumps, said)))
+        directory = tmp_path / name
+        prepared.prepare(path, "preferences", directory)
+        for where, rows in (
+            ("memory", readers.read_preferences(path)[0]),
+            ("disk", prepared.open_prepared(directory).rows),
+        ):
+            encoded, _ = b.encode_preferences(rows, tokenizer, prompt_length=P, response_length=P)
+            mixed = Mixture(parts=(encoded.rows, encoded.rows), weights=(1.0, 1.0))
+            for kind, those in (("plain", encoded), ("mixed", dataclasses.replace(encoded, rows=mixed))):
+                iterator = b.preference_batches(those, batch_size=4, seed=2)
+                key = (where, kind)
+                states.setdefault(key, iterator.get_state())
+                if name == "swapped":
+                    with pytest.raises(InputError, match="is of another order of batches"):
+                        iterator.set_state(states[key])
+                else:
+                    iterator.set_state(states[key])
 
 
 def test_a_position_of_another_order_is_refused(lazy):
