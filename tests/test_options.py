@@ -11,7 +11,22 @@ from rlhf_jax.data.world import WorldConfig
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import dpo, evaluate, grpo, inputs, online_dpo, ppo, rejection, reward_model, sft
+from rlhf_jax.stages import (
+    best_of_n,
+    dpo,
+    evaluate,
+    grpo,
+    inputs,
+    online_dpo,
+    ppo,
+    process_reward,
+    rejection,
+    reward_model,
+    rollouts,
+    search,
+    sft,
+    steering,
+)
 from rlhf_jax.stages.adapters import LoraOptions
 from rlhf_jax.stages.preference_objectives import PreferenceLoss
 from rlhf_jax.training.loop import Schedule
@@ -29,8 +44,15 @@ READERS = {
     grpo.Config: ("stages/grpo.py", "stages/rollouts.py", "stages/online.py"),
     online_dpo.Config: ("stages/online_dpo.py", "stages/rollouts.py", "stages/online.py"),
     rejection.Config: ("stages/rejection.py", "stages/rollouts.py", "stages/online.py"),
+    process_reward.Config: ("stages/process_reward.py", "stages/supervised.py"),
     evaluate.Config: ("stages/evaluate.py",),
+    best_of_n.Config: ("stages/best_of_n.py",),
+    search.Config: ("stages/search.py",),
+    steering.Config: ("stages/steering.py",),
+    rollouts.Scoring: ("stages/rollouts.py",),
+    rollouts.StopWhen: ("stages/rollouts.py",),
     inputs.DataConfig: ("stages/inputs.py",),
+    inputs.BatchConfig: ("stages/inputs.py",),
     Schedule: ("training/loop.py",),
     OptimizerConfig: ("training/optimizer.py",),
     WorldConfig: ("data/world.py",),

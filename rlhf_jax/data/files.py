@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import gzip
 import json
+import os
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator
@@ -49,7 +51,7 @@ def source_files(path: str | pathlib.Path) -> list[pathlib.Path]:
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.name.endswith(KINDS) and file.is_file())
+        found = shards(path)
         if not found:
             raise InputError(
                 f"{path} is a directory: give the path of a file in it, or a directory that holds files ending in "
@@ -65,11 +67,17 @@ def source_files(path: str | pathlib.Path) -> list[pathlib.Path]:
     return [path]
 
 
+def shards(directory: str | pathlib.Path) -> list[pathlib.Path]:
+    """The files of a directory, at any depth, that are of a kind that is read, in order of name."""
+    files = pathlib.Path(directory).rglob("*")
+    return sorted(file for file in files if file.name.endswith(KINDS) and file.is_file())
+
+
 def records(path: str | pathlib.Path) -> Iterator[Record]:
     """Every record of a file or of a directory of shards; blank lines are counted and passed over."""
     root = pathlib.Path(path)
     found = source_files(root)
-    sizes = [file.stat().st_size for file in found]
+    sizes = [stat(file).st_size for file in found]
     for place, file in enumerate(found):
         before, whole = sum(sizes[:place]), max(sum(sizes), 1)
         name = file.name if file == root else str(file.relative_to(root))
@@ -87,6 +95,24 @@ def records(path: str | pathlib.Path) -> Iterator[Record]:
                 parse=parse,
                 progress=(before + share * sizes[place]) / whole,
             )
+
+
+def stat(file: pathlib.Path) -> os.stat_result:
+    """Size and times of a file.
+
+    Raises:
+      InputError: it is not there, or its directory cannot be read.
+    """
+    try:
+        return file.stat()
+    except OSError as error:
+        raise unreadable(file, error) from None
+
+
+def unreadable(file: pathlib.Path, error: OSError) -> InputError:
+    """What to say of a source file that cannot be read."""
+    remedy = "restore it, or give another source" if error.errno == errno.ENOENT else "check its permissions"
+    return InputError(f"{file} cannot be read ({error.strerror}): {remedy}.")
 
 
 def _line_parser(name: str) -> Callable[[bytes], Any]:
@@ -130,7 +156,7 @@ def _opened(path: pathlib.Path) -> Iterator[tuple[IO[bytes], Callable[[], float]
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path} is not a whole gzip file ({error}): fetch or compress it again.") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None
+        raise unreadable(path, error) from None
 
 
 def _whole_list(path: pathlib.Path) -> _Numbered:
@@ -159,6 +185,7 @@ def _parquet(path: pathlib.Path) -> _Numbered:
     except ImportError:
         raise InputError(f"{path} is Parquet, which pyarrow reads: pip install pyarrow.") from None
     number = 0
+    stat(path)
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS):

@@ -51,7 +51,8 @@ class Manifest:
     """What ``prepared.json`` says.
 
     kind: a key of `builders.KINDS`. source: as it was given. rows, records, skipped: see `readers.ReadReport`.
-    sources: the files it was made from. written: the array records and groups, by paths within the directory.
+    sources: the files it was made from. written: the array records and groups, by paths within the directory. shards:
+    the directory that the sources are all files of; "" where there was none.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class Manifest:
     skipped: tuple[tuple[str, str], ...]
     sources: tuple[Fingerprint, ...]
     written: tuple[Fingerprint, ...]
+    shards: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -148,6 +150,8 @@ def prepare(
     output = pathlib.Path(output).absolute()
     if output.exists():
         raise InputError(f"{output} exists already: give another output, or remove it first.")
+    if pathlib.Path(source).absolute() in output.parents:
+        raise InputError(f"{output} lies in {source}, all of which is read: give an output elsewhere.")
     records, found = _open_source(str(source), tfds_dir)
     before = [fingerprint(file) for file in found]
     tally, groups = readers.Tally(), array.array("Q")
@@ -176,6 +180,7 @@ def prepare(
             skipped=tuple(tally.skipped),
             sources=tuple(before),
             written=tuple(_relative(fingerprint(file), partial) for file in _data_files(partial)),
+            shards=str(pathlib.Path(source).absolute()) if pathlib.Path(source).is_dir() else "",
         )
         _write_json(partial / MANIFEST, {"format": FORMAT, **dataclasses.asdict(manifest)})
         _sync(partial)
@@ -266,6 +271,7 @@ def open_prepared(path: str | os.PathLike) -> Prepared:
                 f"{file} has changed since {directory} was prepared from it (its SHA-256 differs): prepare it again, "
                 "or restore the file."
             )
+    _check_shards(directory, manifest)
     kind = builders.KINDS[manifest.kind]
     source = _data_source(directory)
     groups = np.load(directory / GROUPS, allow_pickle=False)
@@ -282,6 +288,19 @@ def open_prepared(path: str | os.PathLike) -> Prepared:
         digest=hashlib.sha256("".join(was.sha256 for was in manifest.written).encode()).hexdigest(),
     )
     return Prepared(manifest=manifest, rows=rows, groups=groups[:, 0], prompts=groups[:, 1])
+
+
+def _check_shards(directory: pathlib.Path, manifest: Manifest) -> None:
+    """Refuses a set whose source directory has shards that were not there."""
+    if not manifest.shards or not pathlib.Path(manifest.shards).is_dir():
+        return
+    known = {was.path for was in manifest.sources}
+    for file in files.shards(manifest.shards):
+        if str(file) not in known:
+            raise InputError(
+                f"{file} was not there when {directory} was prepared from {manifest.shards}: prepare it again, or "
+                "move the file elsewhere."
+            )
 
 
 def read_manifest(directory: pathlib.Path) -> Manifest:
@@ -323,7 +342,7 @@ def fingerprint(file: pathlib.Path) -> Fingerprint:
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}): check its permissions.") from None
+        raise files.unreadable(file, error) from None
     return Fingerprint(path=str(file.absolute()), size=size, modified=modified, sha256=digest)
 
 
@@ -335,7 +354,7 @@ def _changed(file: pathlib.Path, was: Fingerprint) -> bool:
 
 
 def _stat(file: pathlib.Path) -> tuple[int, int]:
-    found = file.stat()
+    found = files.stat(file)
     return found.st_size, found.st_mtime_ns
 
 

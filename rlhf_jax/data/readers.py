@@ -142,8 +142,9 @@ def stream_rows(
         tally.records += 1
         try:
             value = record.parse()
-            _check_id(value, record.source, seen)
             rows = to_rows(value, record.source)
+            # Last, because an id that a bad row had is free for the row that mends it.
+            _check_id(value, record.source, seen)
         except BadRow as bad:
             if on_bad_row == "error":
                 raise InputError(f"{record.where} {bad}: mend it or pass {flag}=skip.") from None

@@ -195,6 +195,49 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path):
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
+@pytest.mark.parametrize("when", [0, 20])
+def test_a_source_that_goes_while_it_is_read_is_named(tmp_path, when):
+    """The second of two shards, before it was opened; and the one that is being read."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name in ("a", "b"):
+        write(shards / f"{name}.jsonl", [{"prompt": f"{name}{i}"} for i in range(40)])
+
+    def meddle(rows, share):
+        if rows == when:
+            (shards / ("a.jsonl" if when else "b.jsonl")).unlink()
+
+    name = "a" if when else "b"
+    with pytest.raises(
+        InputError, match=rf"{name}.jsonl cannot be read \(No such file or directory\): restore it, or give"
+    ):
+        prepared.prepare(shards, "prompts", tmp_path / "set", progress=meddle)
+    assert os.listdir(tmp_path) == ["shards"]
+
+
+def test_a_shard_that_comes_after_preparation_is_refused(tmp_path, monkeypatch):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write(shards / "a.jsonl", [{"prompt": f"p{i}"} for i in range(40)])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        InputError, match="shards/set lies in shards, all of which is read: give an output else"
+    ):
+        prepared.prepare("shards", "prompts", "shards/set")
+    prepared.prepare("shards", "prompts", "set")
+    monkeypatch.chdir("/")
+    (shards / "notes.md").write_text("no shard")
+    assert len(prepared.open_prepared(tmp_path / "set").rows) == 40
+    write(shards / "b.jsonl.gz", [])
+    with pytest.raises(
+        InputError, match=r"b.jsonl.gz was not there when .*set was prepared from .*shards: pre"
+    ):
+        prepared.open_prepared(tmp_path / "set")
+    (shards / "b.jsonl.gz").unlink()
+    (shards / "a.jsonl").unlink()  # what is gone is not missed
+    assert len(prepared.open_prepared(tmp_path / "set").rows) == 40
+
+
 def test_what_an_earlier_attempt_left_is_in_nobodys_way(tmp_path):
     path = write(tmp_path / "in.jsonl", [{"prompt": "p"}])
     (tmp_path / "set.partial" / "prompts").mkdir(parents=True)

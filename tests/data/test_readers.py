@@ -152,6 +152,14 @@ def test_an_id_that_comes_twice_names_both_rows(tmp_path):
     assert (report.kept, report.records, [source for source, _ in report.skipped]) == (2, 3, ["a.jsonl:3"])
 
 
+def test_an_id_of_a_bad_row_is_free_for_the_row_that_mends_it(tmp_path):
+    path = _jsonl(tmp_path / "a.jsonl", {**GOOD, "id": 7, "chosen": ""}, {**GOOD, "id": 7}, {**GOOD, "id": 7})
+    rows, report = read_preferences(path, on_bad_row="skip")
+    assert [row.source for row in rows] == ["a.jsonl:2"]
+    assert report.skipped[0] == ("a.jsonl:1", "has an empty 'chosen'")
+    assert report.skipped[1] == ("a.jsonl:3", "has the id '7' that a.jsonl:2 has already")
+
+
 def test_votes_that_are_tied_everywhere_prefer_nothing(tmp_path):
     tied = {**GOOD, "votes_chosen": 2, "votes_rejected": 2}
     with pytest.raises(
