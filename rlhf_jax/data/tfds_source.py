@@ -1,7 +1,7 @@
 """Streams the records of any TFDS data set, as JSON values; imports files, fields, errors and TFDS.
 
-A name is "tfds:NAME", "tfds:NAME/CONFIG" or "tfds:NAME:SPLIT"; NAME may be of a community ("huggingface:...", whose
-own dependencies TFDS asks for). What is not there yet is downloaded and prepared as array records.
+A name is "tfds:NAME", "tfds:NAME/CONFIG" or "tfds:NAME:SPLIT". NAME may be "huggingface:OWNER/NAME", of the Hugging
+Face Hub, which the package datasets reads. What is not there yet is downloaded and prepared as array records.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.dataset_builders import huggingface_dataset_builder
 
 from rlhf_jax.data.files import Record
 from rlhf_jax.errors import InputError
 
 PREFIX = "tfds:"
+_HUB = "huggingface:"
 
 
 def open_tfds(name: str, *, data_dir: str | None) -> tuple[tfds.core.DatasetBuilder, str]:
@@ -36,9 +38,11 @@ def open_tfds(name: str, *, data_dir: str | None) -> tuple[tfds.core.DatasetBuil
         dataset, split = name.removeprefix(PREFIX), "train"
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            builder = tfds.builder(dataset, data_dir=data_dir)
+            builder = _builder(dataset, data_dir)
             if not builder.info.splits:
                 builder.download_and_prepare(file_format="array_record")
+    except InputError:
+        raise
     except Exception as error:  # TFDS and what it calls raise many kinds
         reason = " ".join(str(error).split())[:200]
         raise InputError(
@@ -50,6 +54,26 @@ def open_tfds(name: str, *, data_dir: str | None) -> tuple[tfds.core.DatasetBuil
             f"{dataset!r} has no split {split!r}: use one of {', '.join(sorted(builder.info.splits))}."
         )
     return builder, split
+
+
+def _builder(dataset: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+    if not dataset.startswith(_HUB):
+        return tfds.builder(dataset, data_dir=data_dir)
+    try:
+        import datasets  # noqa: F401
+    except ImportError:
+        raise InputError(
+            f"{dataset!r} is of the Hugging Face Hub, which the package datasets reads: pip install datasets."
+        ) from None
+    # TFDS's own names, "OWNER__NAME", are small letters, for which it would list every data set of the Hub.
+    owner, slash, rest = dataset.removeprefix(_HUB).replace("__", "/", 1).partition("/")
+    name, _, config = rest.partition("/")
+    return huggingface_dataset_builder.HuggingfaceDatasetBuilder(
+        hf_repo_id=owner + slash + name,
+        hf_config=config or None,
+        data_dir=data_dir,
+        file_format="array_record",
+    )
 
 
 def tfds_records(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[Record]:

@@ -6,10 +6,12 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.dataset_builders import huggingface_dataset_builder
 
 from rlhf_jax.data import builders, files, prepared, readers
 from rlhf_jax.data.rows import Comparison, Preference, ProcessSteps, Ranking, group_of
@@ -316,6 +318,47 @@ def test_any_tfds_data_set_is_a_source(tmp_path):
         prepared.prepare("tfds:foreign:dev", "unpaired", tmp_path / "other", tfds_dir=str(tmp_path))
     with pytest.raises(InputError, match="TFDS cannot give 'no_such_set' .*: check the name"):
         prepared.prepare("tfds:no_such_set", "unpaired", tmp_path / "other", tfds_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "repository", "config"),
+    [
+        ("Own/Pairs", "Own/Pairs", None),
+        ("Own/Pairs/small:train", "Own/Pairs", "small"),
+        ("own__pairs:train", "own/pairs", None),
+        ("Pairs", "Pairs", None),
+    ],
+)
+def test_names_of_the_hub_are_asked_for_as_they_are(tmp_path, monkeypatch, name, repository, config):
+    """A stand-in for TFDS's reader of the Hub, which needs a network: which data set it would be asked for."""
+    asked = []
+
+    def reader(*, hf_repo_id, hf_config, data_dir, file_format):
+        asked.append((hf_repo_id, hf_config))
+        rows = [Preference(prompt="p", chosen="c", rejected="r", source="s")]
+        return builders.Preferences(rows=rows, data_dir=data_dir, file_format=file_format)
+
+    monkeypatch.setitem(sys.modules, "datasets", types.ModuleType("datasets"))
+    monkeypatch.setattr(huggingface_dataset_builder, "HuggingfaceDatasetBuilder", reader)
+    source = f"tfds:huggingface:{name}"
+    prepared.prepare(source, "preferences", tmp_path / "set", tfds_dir=str(tmp_path / "tfds"))
+    assert asked == [(repository, config)]
+    assert [row.chosen for row in prepared.open_prepared(tmp_path / "set").rows] == ["c"]
+    with pytest.raises(InputError, match="has no split 'dev': use one of train"):
+        prepared.prepare(
+            f"tfds:huggingface:{name.partition(':')[0]}:dev",
+            "preferences",
+            tmp_path / "b",
+            tfds_dir=str(tmp_path),
+        )
+
+
+def test_the_hub_needs_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        InputError, match="'huggingface:a/b' is of the Hugging Face Hub, .*: pip install datasets"
+    ):
+        prepared.prepare("tfds:huggingface:a/b", "preferences", tmp_path / "set")
 
 
 def test_the_sources_of_rows_are_those_of_the_file(small):
