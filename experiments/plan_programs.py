@@ -149,7 +149,8 @@ def _compile(name: str, lowered: Any, *, absent: bool) -> tuple[Any, str]:
             compiled = lowered.compile(compiler_options=options)
             if not absent:
                 return compiled, compiled.as_text()
-            (written,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+            # Beside parts that it tried by themselves ("extracted").
+            (written,) = pathlib.Path(folder).glob("*.jit_*.after_optimizations.txt")
             return compiled, written.read_text(encoding="utf-8")
     except jax.errors.JaxRuntimeError as error:
         found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error)) or re.search(

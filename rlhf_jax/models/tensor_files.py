@@ -6,6 +6,7 @@ from the file; a writer is handed tensors one at a time and holds one shard.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
@@ -233,3 +234,26 @@ def _save_partial(file: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None
 
 def _replace_by_partial(file: pathlib.Path) -> None:
     os.replace(file.with_name(f"{file.name}.partial"), file)
+
+
+_SAMPLE, _SAMPLES = 1 << 16, 16
+
+
+def fingerprint(directory: str | os.PathLike) -> str | None:
+    """SHA-256 of samples of a directory's weights, or None where it holds none.
+
+    Names, sizes, headers and sixteen pieces of 64 KiB of every file: other weights give another one, and 100 GB take no
+    longer than 1.
+    """
+    files = sorted(pathlib.Path(directory).glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for place in np.linspace(0, max(size - _SAMPLE, 0), _SAMPLES).astype(int):
+                file.seek(int(place))
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()

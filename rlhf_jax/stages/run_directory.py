@@ -23,7 +23,7 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.data.batches import EncodeReport
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import decoder, huggingface
+from rlhf_jax.models import decoder, huggingface, tensor_files
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
@@ -150,16 +150,15 @@ def _enter(workdir: pathlib.Path, description: dict[str, Any]) -> None:
 
 
 def _identity(path: str) -> dict[str, str | None]:
-    """Where an input lies and, for a hand-off, what it was: an input that was made anew is another input."""
-    return {"path": str(pathlib.Path(path).absolute()), "handoff": checkpoints.handoff_identity(path)}
+    """Where an input lies and what it was: an input that was made anew is another input. A hub name stays one."""
+    where = str(pathlib.Path(path).absolute()) if pathlib.Path(path).exists() else path
+    return {"path": where, "handoff": checkpoints.handoff_identity(path) or tensor_files.fingerprint(path)}
 
 
 def changed_inputs(workdir: pathlib.Path) -> list[str]:
     """Names of the inputs of a run whose hand-offs are no longer those it was made from."""
     inputs = _description(workdir / "config.json")["inputs"]
-    return [
-        name for name, was in inputs.items() if checkpoints.handoff_identity(was["path"]) != was["handoff"]
-    ]
+    return [name for name, was in inputs.items() if _identity(was["path"])["handoff"] != was["handoff"]]
 
 
 # What there is to lose in a run's directory.

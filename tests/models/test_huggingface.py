@@ -271,6 +271,15 @@ def test_a_config_that_cannot_be_used_is_named_with_its_file(copy, changes, word
     refused(copy, copy / "config.json", word)
 
 
+def test_other_weights_have_another_fingerprint(saved, copy, tmp_path):
+    assert tensor_files.fingerprint(copy) == tensor_files.fingerprint(saved) is not None
+    tensors = safetensors.numpy.load_file(copy / "model.safetensors")
+    name = sorted(tensors)[-1]
+    safetensors.numpy.save_file({**tensors, name: tensors[name] + 1}, copy / "model.safetensors")
+    assert tensor_files.fingerprint(copy) != tensor_files.fingerprint(saved)
+    assert tensor_files.fingerprint(tmp_path / "missing") is None
+
+
 def test_a_causal_model_is_not_a_reward_model(saved):
     refused(saved, saved / "config.json", "LlamaForSequenceClassification", load=load_pretrained_scalar)
 
