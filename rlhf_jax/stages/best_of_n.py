@@ -18,7 +18,7 @@ from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.evaluation import policies
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import inputs, rollouts
+from rlhf_jax.stages import inputs, prompts, rollouts
 from rlhf_jax.stages.run_directory import Purpose, check_same_family, check_scores, load_model, open_run
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 
@@ -105,14 +105,8 @@ def run(
         check_scores(reward)
         scored = rollouts.model_reward(reward, rollouts.Scoring())
         rewards[name] = scored.of_rows if scored.of_members is None else _of_members(scored)
-    prompts, _ = batches.encode_prompts(
-        inputs.load_prompts(config.data).first_held_out(config.num_prompts),
-        model.tokenizer,
-        prompt_length=config.data.prompt_length,
-        truncation=config.data.truncation,
-    )
-    # Whole rounds over the prompts: sample j of prompt i is row j * P + i.
-    rows = dataclasses.replace(prompts, rows=tuple(prompts.rows) * config.responses_per_prompt)
+    asked = prompts.encode_held_out_prompts(run_, config.data, model, config.num_prompts)
+    rows = prompts.in_rounds(asked, config.responses_per_prompt)
     sample = rollouts.make_rollout(run_, model, config.sampling)
     params, key = {"decoder": model.params["decoder"]}, run_.key(config.seed, Purpose.EVALUATION)
     found: dict[str, list[np.ndarray]] = {name: [] for name in rewards}
@@ -122,10 +116,10 @@ def run(
                 f"{stop.requested}: samples are kept once all are there; run the same command again"
             )
         rollout = sample(params, batch, jax.random.fold_in(key, number), 0)
-        asked = [rows.rows[i].row for i in batch["index"]]
+        of_rows = [rows.rows[i].row for i in batch["index"]]
         for name, reward in rewards.items():
-            found[name].append(np.asarray(reward(rollout, asked), np.float32)[..., real])
-    shape = (config.responses_per_prompt, len(prompts))
+            found[name].append(np.asarray(reward(rollout, of_rows), np.float32)[..., real])
+    shape = (config.responses_per_prompt, len(asked))
     scores = {name: np.concatenate(parts, axis=-1) for name, parts in found.items()}
     scores = {name: np.swapaxes(x.reshape(*x.shape[:-1], *shape), -1, -2) for name, x in scores.items()}
     partial = path.with_name("partial.npz")

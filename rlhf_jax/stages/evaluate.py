@@ -9,20 +9,18 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from rlhf_jax.data import batches
 from rlhf_jax.errors import check_range
 from rlhf_jax.evaluation import policies
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import inputs, rollouts
+from rlhf_jax.stages import inputs, prompts, rollouts
 from rlhf_jax.stages.run_directory import (
     Purpose,
     check_same_family,
     check_scores,
     load_model,
     open_run,
-    write_data_report,
 )
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 
@@ -80,17 +78,10 @@ def run(
     reference, reward = load_model(reference_from, run_), load_model(reward_from, run_)
     check_same_family(reference, reward)
     check_scores(reward)
-    split = inputs.load_prompts(config.data)
-    encoded, report = batches.encode_prompts(
-        split.first_held_out(config.num_prompts),
-        reference.tokenizer,
-        prompt_length=config.data.prompt_length,
-        truncation=config.data.truncation,
+    encoded = prompts.in_rounds(
+        prompts.encode_held_out_prompts(run_, config.data, reference, config.num_prompts),
+        config.responses_per_prompt,
     )
-    report = dataclasses.replace(report, repeated=split.repeated[1])
-    write_data_report(run_, split.left_out, prompts=report)
-    # Whole rounds over the prompts, so that the first samples are of different prompts.
-    encoded = dataclasses.replace(encoded, rows=encoded.rows * config.responses_per_prompt)
     judge = policies.Judge(
         model=reference.config,
         reference={"decoder": reference.params["decoder"]},

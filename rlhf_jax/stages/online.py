@@ -18,7 +18,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.stages import adapters, data_reports, rollouts
+from rlhf_jax.stages import adapters, data_reports, prompts, rollouts
 from rlhf_jax.stages.run_directory import (
     Model,
     Progress,
@@ -340,7 +340,7 @@ def run(
     if run_.finished:
         return
     model = load_model(init_from, run_)
-    encoded, held_out = rollouts.encode_prompts(
+    encoded, held_out = prompts.encode_prompts(
         run_,
         config.data,
         model,

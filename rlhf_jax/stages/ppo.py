@@ -27,7 +27,7 @@ from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards import process, reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import adapters, inputs, online, rollouts
+from rlhf_jax.stages import adapters, inputs, online, prompts, rollouts
 from rlhf_jax.stages.run_directory import Model, Run, leave_handoff, load_model, open_run
 from rlhf_jax.training.forward import response_log_probs, response_values
 from rlhf_jax.training.interrupt import StopRequest
@@ -252,7 +252,7 @@ def run(
     if run_.finished:
         return
     model = load_model(init_from, run_)
-    encoded, held_out = rollouts.encode_prompts(
+    encoded, held_out = prompts.encode_prompts(
         run_,
         config.data,
         model,

@@ -1,4 +1,4 @@
-"""What the stages that sample share: prompts, rollouts, rewards, evaluation. Imports all below."""
+"""What the stages that sample share: rollouts, rewards, evaluation. Imports all below."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import ensembles, objectives, process, process_model, reward_model, sentiment, verifiers
 from rlhf_jax.sampling.generate import SamplingConfig, generate
-from rlhf_jax.stages import data_reports, inputs
+from rlhf_jax.stages import inputs
 from rlhf_jax.stages.run_directory import (
     Model,
     Purpose,
@@ -30,38 +30,8 @@ from rlhf_jax.stages.run_directory import (
     check_same_family,
     check_scores,
     load_beside,
-    write_data_report,
 )
 from rlhf_jax.types import Rollout, ScoredRollout
-
-
-def encode_prompts(
-    run: Run, data: inputs.DataConfig, model: Model, *, num_eval_prompts: int, responses_per_prompt: int
-) -> tuple[batches.Encoded, batches.Encoded]:
-    """Training prompts, and held-out ones repeated for as many responses each; what was left out is kept on file.
-
-    Raises:
-      InputError: a prompt that cannot be used, or widths beyond the model's context.
-      Interrupted: stopped on request while a prepared set was scanned.
-    """
-    check_context(model, data.prompt_length + data.response_length)
-    split = inputs.load_prompts(data)
-    widths = {"prompt_length": data.prompt_length, "truncation": data.truncation}
-    with data_reports.shown_scan(run) as progress:
-        train, report = batches.encode_prompts(split.train, model.tokenizer, progress=progress, **widths)
-    held_out, held_out_report = batches.encode_prompts(
-        split.first_held_out(num_eval_prompts), model.tokenizer, **widths
-    )
-    reports = {
-        side: dataclasses.replace(found, repeated=repeated)
-        for side, found, repeated in zip(
-            ("train", "held_out"), (report, held_out_report), split.repeated, strict=True
-        )
-    }
-    write_data_report(run, split.left_out, **reports)
-    # Whole rounds over the prompts; a row's noise depends on its place, so a prompt's responses differ.
-    return train, dataclasses.replace(held_out, rows=held_out.rows * responses_per_prompt)
-
 
 # (policy params, batch of prompts, key, optimiser step) -> (what was sampled and scored, each row's prompt, metrics).
 Collect = Callable[

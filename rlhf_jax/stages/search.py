@@ -26,6 +26,7 @@ from rlhf_jax.sampling.generate import SamplingConfig, generate
 from rlhf_jax.sampling.prompts import pad_prompts
 from rlhf_jax.sampling.step_beam import Place, Score, step_beam
 from rlhf_jax.stages import inputs, rollouts
+from rlhf_jax.stages.prompts import encode_held_out_prompts
 from rlhf_jax.stages.run_directory import (
     Model,
     Purpose,
@@ -110,7 +111,7 @@ def run(
             f"config.step_length is {config.step_length}, and beside a prompt the context of {policy_from} has room "
             f"for {room} tokens; lower it"
         )
-    prompts = _prompts(config, policy)
+    prompts = _prompts(config, run_, policy)
     score = make_score(config, run_, judge, [row.prompt_ids for row in prompts.rows])
     right = _right(policy, prompts)
 
@@ -141,13 +142,8 @@ def run(
     return summary
 
 
-def _prompts(config: Config, policy: Model) -> batches.Encoded:
-    encoded, _ = batches.encode_prompts(
-        inputs.load_prompts(config.data).first_held_out(config.num_prompts),
-        policy.tokenizer,
-        prompt_length=config.data.prompt_length,
-        truncation=config.data.truncation,
-    )
+def _prompts(config: Config, run_: Run, policy: Model) -> batches.Encoded:
+    encoded = encode_held_out_prompts(run_, config.data, policy, config.num_prompts)
     missing = next((row.row.source for row in encoded.rows if not row.row.answer), None)
     if missing is not None:
         raise InputError(f"{missing} has no answer to hold a response against; give prompts with answers")

@@ -21,13 +21,12 @@ from rlhf_jax.evaluation import policies
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import inputs, rollouts
+from rlhf_jax.stages import inputs, prompts, rollouts
 from rlhf_jax.stages.run_directory import (
     Purpose,
     check_same_family,
     load_model,
     open_run,
-    write_data_report,
 )
 from rlhf_jax.training.forward import response_log_probs
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
@@ -84,16 +83,10 @@ def run(
     run_ = open_run(workdir, "steering", config, inputs=where, parallelism="jit", mesh=mesh, stop=stop)
     meshes.check_rows(run_.mesh, config.batch_size, "config.batch_size")
     first = load_model(first_from, run_)
-    split = inputs.load_prompts(config.data)
-    encoded, report = batches.encode_prompts(
-        split.first_held_out(config.num_prompts),
-        first.tokenizer,
-        prompt_length=config.data.prompt_length,
-        truncation=config.data.truncation,
+    encoded = prompts.in_rounds(
+        prompts.encode_held_out_prompts(run_, config.data, first, config.num_prompts),
+        config.responses_per_prompt,
     )
-    report = dataclasses.replace(report, repeated=split.repeated[1])
-    write_data_report(run_, split.left_out, prompts=report)
-    encoded = dataclasses.replace(encoded, rows=encoded.rows * config.responses_per_prompt)
     sampling = SamplingConfig(max_new_tokens=config.data.response_length, temperature=config.temperature)
     judge = policies.Judge(
         model=first.config,

@@ -1,6 +1,7 @@
 """Samples for best-of-n: which number belongs to which prompt, and that every proxy scores the same responses."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ def test_rows_are_prompts_columns_are_responses_and_proxies_share_them(ladder, t
     where = {"policy_from": ladder.sft, "rewards_from": {"a": ladder.reward_model, "b": ladder.reward_model}}
     found = best_of_n.run(CONFIG, tmp_path, stop=STOP, **where)
     assert set(found) == {"gold", "labeller", "log_prob", "a", "b"} and found["a"].shape == (5, 8)
+    assert json.loads((tmp_path / "data.json").read_text())["prompts"]["kept"] == 5
     np.testing.assert_array_equal(np.floor(found["gold"]), np.repeat(np.arange(5.0)[:, None], 8, axis=1))
     np.testing.assert_array_equal(found["a"], found["b"])
     assert all(len(set(row)) > 1 for row in found["gold"]), "responses to a prompt differ"

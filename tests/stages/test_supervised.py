@@ -13,7 +13,7 @@ from rlhf_jax import checkpoints
 from rlhf_jax.data import batches, prepared, scans, world
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluation import report
-from rlhf_jax.stages import evaluate, grpo, inputs, reward_model, rollouts, sft, steering, supervised
+from rlhf_jax.stages import evaluate, grpo, inputs, prompts, reward_model, sft, steering, supervised
 from rlhf_jax.stages.inputs import BatchConfig, DataConfig
 from rlhf_jax.stages.run_directory import load_model, open_run
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
@@ -101,12 +101,12 @@ def test_prompts_of_a_prepared_set_are_those_of_its_file(ladder, pairs, tmp_path
         )
         how = {"num_eval_prompts": 3, "responses_per_prompt": 2}
         if not found:
-            found[path] = rollouts.encode_prompts(run, data, model, **how)
+            found[path] = prompts.encode_prompts(run, data, model, **how)
             continue
         with pytest.raises(Interrupted, match="stopped while the data was scanned"):
-            rollouts.encode_prompts(dataclasses.replace(run, stop=StopAfter(1)), data, model, **how)
+            prompts.encode_prompts(dataclasses.replace(run, stop=StopAfter(1)), data, model, **how)
         capsys.readouterr()
-        found[path] = rollouts.encode_prompts(run, data, model, **how)
+        found[path] = prompts.encode_prompts(run, data, model, **how)
         assert "sft: scans 64 rows, once for all runs" in capsys.readouterr().err
     of_file, of_set = found.values()
     for one, other in zip(of_file, of_set, strict=True):
