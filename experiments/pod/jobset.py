@@ -5,7 +5,7 @@
 
 With --spot for machines that may be taken back. The command is that of a single machine; where there are several,
 --distributed is added to it. It is the container's first process, so that the signal before a preemption reaches it,
-and it resumes where it was when it is started again.
+ends with status 75 once all is saved (0 would count as done), and resumes where it was when it is started again.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def manifest(
         "cloud.google.com/gke-tpu-topology": where.topology,
     } | ({"cloud.google.com/gke-spot": "true"} if spot else {})
     labels = "\n".join(f"{' ' * 16}{key}: {json.dumps(value)}" for key, value in selector.items())
+    variable, status = request.UNFINISHED
     words = "\n".join(f"{' ' * 20}- {json.dumps(word)}" for word in command)
     return f"""apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -88,6 +89,10 @@ spec:
                   image: {json.dumps(image)}
                   command:
 {words}
+                  env:
+                    # A job whose pods all end with 0 is done, and not started again.
+                    - name: {variable}
+                      value: {json.dumps(status)}
                   ports:
                     - containerPort: 8471  # between the machines of a slice
                     - containerPort: 8476  # jax.distributed

@@ -5,7 +5,8 @@
     bash sft8b.sh
 
 Run the script where the checkout is, on a machine that stays, with gcloud logged in. It ends with the command's
-success, and hands the slice back. Stopped itself, it can be started again: it goes on with the slice that it finds.
+success, and hands the slice back; a command that was stopped before it was done ends with status 75, which is none.
+Stopped itself, it can be started again: it goes on with the slice that it finds.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def script(
     request.check_name(name)
     place = f"--zone={shlex.quote(zone)}" + (f" --project={shlex.quote(project)}" if project else "")
     # What a machine's shell reads; quoted once more for the shell that sends it.
-    remote = f"cd rlhf_jax && {shlex.join(['exec', *command])}"
+    stopped = f"export {'='.join(request.UNFINISHED)}"
+    remote = f"cd rlhf_jax && {stopped} && {shlex.join(['exec', *command])}"
     return f"""#!/usr/bin/env bash
 # {where.accelerator_type} ({where.topology}, {where.hosts} machines of {where.chips_of_a_host} chips).
 set -euo pipefail

@@ -16,6 +16,9 @@ TOPOLOGY = flags.DEFINE_string(
     "topology", None, "The slice, as the planner takes it: v5e:4x8, v5p:4x4x8.", required=True
 )
 SPOT = flags.DEFINE_bool("spot", False, "Ask for machines that may be taken back at any time.")
+# What is added to the command's environment: stopped and not done is then no success (75: sysexits.h, EX_TEMPFAIL).
+UNFINISHED = ("RLHF_JAX_INTERRUPTED_STATUS", "75")
+
 RESTARTS = flags.DEFINE_integer(
     "restarts", 20, "How often a job that failed is started again; preemption is a failure.", lower_bound=0
 )

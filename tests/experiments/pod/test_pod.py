@@ -9,6 +9,7 @@ import sys
 import pytest
 import yaml
 
+from experiments import launch
 from experiments.pod import jobset, queued_resource, request, slices
 from rlhf_jax.errors import InputError
 
@@ -55,6 +56,7 @@ def test_the_manifest_asks_for_every_machine_of_the_slice():
     }
     (container,) = pod["containers"]
     assert container["command"] == COMMAND
+    assert container["env"] == [{"name": launch.INTERRUPTED_STATUS, "value": "75"}]
     tpus = {"google.com/tpu": 4}
     assert container["resources"] == {"requests": tpus, "limits": tpus}
 
@@ -83,13 +85,22 @@ def test_a_name_that_the_cloud_does_not_take(name):
         jobset.manifest(name=name, where=slices.parse("v5e:4x8"), image="image", command=COMMAND)
 
 
-# Answers what a test wrote down: states one after the other, and whether the command on the machines succeeds.
+# Answers what a test wrote down: states one after the other; the command runs, in a shell of a machine's own.
 GCLOUD = """#!/usr/bin/env bash
 echo "$@" >> calls
 take() { line=$(head -1 "$1"); sed -i 1d "$1"; echo "$line"; }
 case "$*" in
   *describe*) line=$(take states); [ "$line" != ABSENT ] || exit 1; echo "$line" ;;
-  *experiments.sft*) [ "$(take results)" = ok ] ;;
+  *experiments.sft*) for word; do case "$word" in --command=*) bash -c "${word#--command=}" ;; esac; done ;;
+esac
+"""
+# Python on such a machine: a run ends as a test wrote down, and stopped on request as experiments.launch does.
+PYTHON = """#!/usr/bin/env bash
+result=$(head -1 ../results); sed -i 1d ../results
+case "$result" in
+  ok) exit 0 ;;
+  stopped) exit "${RLHF_JAX_INTERRUPTED_STATUS:-0}" ;;
+  *) exit 1 ;;
 esac
 """
 
@@ -105,9 +116,13 @@ def _run(tmp_path, *, states, results, restarts=20):
     )
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name, body in {"gcloud": GCLOUD, "sleep": "#!/bin/sh\n", "git": "#!/bin/sh\n"}.items():
+    nothing = "#!/bin/sh\n"
+    for name, body in {"gcloud": GCLOUD, "python": PYTHON, "sleep": nothing, "git": nothing}.items():
         (tools / name).write_text(body)
         (tools / name).chmod(0o755)
+    (tmp_path / "rlhf_jax").mkdir()
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").write_text("")
     (tmp_path / "states").write_text("\n".join(states) + "\n")
     (tmp_path / "results").write_text("\n".join(results) + "\n")
     (tmp_path / "run.sh").write_text(text)
@@ -136,9 +151,10 @@ def test_the_script_waits_runs_and_gives_the_slice_back(tmp_path):
     assert "queued-resources delete" in calls[-1]
 
 
-def test_the_script_asks_again_when_the_slice_was_taken(tmp_path):
+@pytest.mark.parametrize("how", ["lost", "stopped"])
+def test_the_script_asks_again_when_the_slice_was_taken(how, tmp_path):
     states = ["ACTIVE", "SUSPENDING", "SUSPENDED", "ABSENT", "ACTIVE"]
-    done, calls = _run(tmp_path, states=states, results=["taken", "ok"])
+    done, calls = _run(tmp_path, states=states, results=[how, "ok"])
     assert done.returncode == 0, done.stderr
     kinds = [word for call in calls for word in ("create", "delete", "experiments.sft") if word in call]
     assert kinds == ["experiments.sft", "delete", "create", "experiments.sft", "delete"]
