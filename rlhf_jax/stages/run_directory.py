@@ -23,6 +23,7 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.data.batches import EncodeReport
 from rlhf_jax.errors import InputError
+from rlhf_jax.metrics import written
 from rlhf_jax.models import decoder, huggingface, tensor_files
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import hosts, sharding
@@ -380,7 +381,9 @@ def write_data_report(run: Run, unreadable: Sequence[tuple[str, str]], **encoded
     if not hosts.is_main():
         return
     value = {name: dataclasses.asdict(report) for name, report in encoded.items()}
-    (run.workdir / "data.json").write_text(json.dumps({"unreadable": list(unreadable), **value}, indent=1))
+    path = run.workdir / "data.json"
+    with written(path):
+        path.write_text(json.dumps({"unreadable": list(unreadable), **value}, indent=1))
 
 
 class Progress:
