@@ -18,6 +18,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from rlhf_jax.checkpoints import local_path
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluation import report
 from rlhf_jax.parallel import hosts
@@ -26,6 +27,10 @@ from rlhf_jax.training.interrupt import Interrupted, StopRequest, stop_on_signal
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 # Of the environment: the exit status of a run that was stopped on request and is not done; 0 where it is not given.
 INTERRUPTED_STATUS = "RLHF_JAX_INTERRUPTED_STATUS"
+
+
+# Flags that name a directory to write.
+_WRITTEN = ("workdir", "to", "output")
 
 
 def define_config(name: str) -> flags.FlagHolder:
@@ -144,6 +149,9 @@ def launch(main: Callable[[StopRequest], None], config: type | None = None) -> N
         distributed = "distributed" in flags.FLAGS and flags.FLAGS.distributed
         try:
             interrupted_status = _interrupted_status()
+            for name in _WRITTEN:
+                if name in flags.FLAGS:
+                    local_path(flags.FLAGS[name].value)
             if distributed:
                 hosts.join()
             with stop_on_signals() as stop:

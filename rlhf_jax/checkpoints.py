@@ -31,6 +31,20 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import hosts
 
 
+def local_path(path: str | os.PathLike) -> pathlib.Path:
+    """``path`` as a path of this machine's file system, a mounted bucket or network directory among them.
+
+    Raises:
+      InputError: it is a URL, which pathlib would take for a directory named "gs:".
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)):
+        raise InputError(
+            f"{path} is a URL, and runs live in directories; mount what it names on every host (a Cloud Storage bucket "
+            "with gcsfuse), and give the path there"
+        )
+    return pathlib.Path(path)
+
+
 class Checkpoints:
     """The checkpoints of one run: asynchronous, atomic, the newest ``keep`` of them kept.
 
@@ -42,7 +56,7 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, *, keep: int = 2, keep_every: int = 0):
         """``keep_every``: checkpoints of steps that it divides are kept for good; 0: none."""
-        self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+        self.directory = local_path(workdir).absolute() / "checkpoints"
         hosts.decided_by_main(self._prepare)
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -273,7 +287,7 @@ class Handoff:
 
 def handoff_path(workdir: pathlib.Path) -> pathlib.Path:
     """Where a finished run keeps its hand-off."""
-    return pathlib.Path(workdir).absolute() / "handoff"
+    return local_path(workdir).absolute() / "handoff"
 
 
 def handoff_identity(workdir: str | pathlib.Path) -> str | None:

@@ -240,6 +240,20 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
         Checkpoints(tmp_path / "file")
 
 
+@pytest.mark.parametrize("path", ["gs://bucket/run", pathlib.Path("gs://bucket/run"), "file:///tmp/run"])
+def test_a_url_is_refused_and_no_directory_is_named_after_it(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for touch in (
+        Checkpoints,
+        checkpoints.load_handoff,
+        checkpoints.is_finished,
+        checkpoints.handoff_identity,
+    ):
+        with pytest.raises(InputError, match=r"is a URL, .* gcsfuse\), and give the path there"):
+            touch(path)
+    assert not list(tmp_path.iterdir())
+
+
 HANDOFF = Handoff(
     stage="sft",
     model={"width": 3},

@@ -113,12 +113,12 @@ def open_run(
     ``mesh``: None puts all devices on the data axis. It is no part of what the run is: another may go on with it.
 
     Raises:
-      InputError: the directory cannot be written, or belongs to a run with another config or other inputs; or the mesh
-        splits parameters, which ``pmap`` does not.
+      InputError: the directory or an input is a URL; it cannot be written, or belongs to a run with another config or
+        other inputs; or the mesh splits parameters, which ``pmap`` does not.
     """
     mesh = meshes.data_mesh() if mesh is None else mesh
     meshes.check_parallelism(mesh, parallelism)
-    workdir = pathlib.Path(workdir)
+    workdir = checkpoints.local_path(workdir)
     description = {
         "stage": stage,
         "config": dataclasses.asdict(config),
@@ -152,7 +152,8 @@ def _enter(workdir: pathlib.Path, description: dict[str, Any]) -> None:
 
 def _identity(path: str) -> dict[str, str | None]:
     """Where an input lies and what it was: an input that was made anew is another input. A hub name stays one."""
-    where = str(pathlib.Path(path).absolute()) if pathlib.Path(path).exists() else path
+    local = checkpoints.local_path(path)
+    where = str(local.absolute()) if local.exists() else path
     return {"path": where, "handoff": checkpoints.handoff_identity(path) or tensor_files.fingerprint(path)}
 
 
@@ -191,7 +192,7 @@ def load_model(path: str, run: Run) -> Model:
     Raises:
       InputError: neither kind, unfinished, damaged, or of an architecture that is not supported.
     """
-    directory = pathlib.Path(path)
+    directory = checkpoints.local_path(path)
     if _is_run(directory):
         return load_handoff_model(directory, run.mesh)
     if not directory.is_dir():
@@ -223,7 +224,7 @@ def load_handoff_model(path: str | os.PathLike, mesh: jax.sharding.Mesh | None =
     Raises:
       InputError: no run, unfinished, or damaged.
     """
-    directory = pathlib.Path(path)
+    directory = checkpoints.local_path(path)
     if not _is_run(directory):
         raise InputError(f"{directory} is not the directory of a run; give the --workdir of a finished one")
     handoff, location = checkpoints.load_handoff(directory)

@@ -39,3 +39,17 @@ def test_a_run_stopped_on_request_ends_with_the_status_that_its_scheduler_wants(
         timeout=120,
     )
     assert (done.returncode, done.stderr) == (status, said)
+
+
+def test_a_directory_to_write_is_no_url(tmp_path):
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.quickstart", "--workdir=gs://bucket/run"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: gs://bucket/run is a URL, "), done.stderr
+    assert not list(tmp_path.iterdir())

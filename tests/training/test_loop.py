@@ -143,7 +143,7 @@ class FullDisk(MetricsWriter):
     def write(self, step, values):
         if step > 5:
             self._file.close()
-            self._file = open("/dev/full", "a")
+            self._file = pathlib.Path("/dev/full").open("a")
         super().write(step, values)
 
 
@@ -152,7 +152,9 @@ def test_a_disk_too_full_for_metrics_ends_the_run_in_a_sentence_and_the_save_und
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(loop, "MetricsWriter", FullDisk)
-    with pytest.raises(InputError, match=r"cannot write .*metrics.jsonl: No space left on device; .* make room"):
+    with pytest.raises(
+        InputError, match=r"cannot write .*metrics.jsonl: No space left on device; .* make room"
+    ):
         run(tmp_path, SCHEDULE)
     assert steps_saved(tmp_path) == [5] and (tmp_path / "checkpoints" / "5.sha256.json").exists()
     monkeypatch.undo()
