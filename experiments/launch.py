@@ -18,12 +18,19 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from rlhf_jax.checkpoints import local_path
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluation import report
 from rlhf_jax.parallel import hosts
 from rlhf_jax.training.interrupt import Interrupted, StopRequest, stop_on_signals
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
+# Of the environment: the exit status of a run that was stopped on request and is not done; 0 where it is not given.
+INTERRUPTED_STATUS = "RLHF_JAX_INTERRUPTED_STATUS"
+
+
+# Flags that name a directory to write.
+_WRITTEN = ("workdir", "to", "output")
 
 
 def define_config(name: str) -> flags.FlagHolder:
@@ -129,8 +136,9 @@ def _describe_value(kind: type, value: Any, prefix: str) -> str:
 def launch(main: Callable[[StopRequest], None], config: type | None = None) -> None:
     """Runs ``main`` under absl with what a person at a shell expects; ``--help`` lists the fields of ``config``.
 
-    Exit status: 0 when done, and after Ctrl-C or SIGTERM once everything is saved; 2 with one sentence on
-    standard error where something given cannot be used.
+    Exit status: 0 when done, and after Ctrl-C or SIGTERM once everything is saved (there another where the environment
+    has ``INTERRUPTED_STATUS``, for schedulers that would take 0 for done); 2 with one sentence on standard error where
+    something given cannot be used.
     """
 
     def absl_main(argv: list[str]) -> None:
@@ -140,6 +148,10 @@ def launch(main: Callable[[StopRequest], None], config: type | None = None) -> N
         enable_compilation_cache()
         distributed = "distributed" in flags.FLAGS and flags.FLAGS.distributed
         try:
+            interrupted_status = _interrupted_status()
+            for name in _WRITTEN:
+                if name in flags.FLAGS:
+                    local_path(flags.FLAGS[name].value)
             if distributed:
                 hosts.join()
             with stop_on_signals() as stop:
@@ -147,7 +159,7 @@ def launch(main: Callable[[StopRequest], None], config: type | None = None) -> N
         except InputError as error:
             _end(f"error: {error}", 2, at_once=distributed)
         except Interrupted as interrupted:
-            print(interrupted, file=sys.stderr)
+            _end(str(interrupted), interrupted_status, at_once=False)
         except Exception as error:
             if not distributed:
                 raise
@@ -162,6 +174,13 @@ def launch(main: Callable[[StopRequest], None], config: type | None = None) -> N
         if name in flags.FLAGS:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     app.run(absl_main, flags_parser=_parse_flags)
+
+
+def _interrupted_status() -> int:
+    text = os.environ.get(INTERRUPTED_STATUS, "0")
+    if not text.isdecimal() or int(text) > 255:
+        raise InputError(f"{INTERRUPTED_STATUS}={text!r}; give a whole number from 0 to 255")
+    return int(text)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

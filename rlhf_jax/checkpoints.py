@@ -31,6 +31,20 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import hosts
 
 
+def local_path(path: str | os.PathLike) -> pathlib.Path:
+    """``path`` as a path of this machine's file system, a mounted bucket or network directory among them.
+
+    Raises:
+      InputError: it is a URL, which pathlib would take for a directory named "gs:".
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)):
+        raise InputError(
+            f"{path} is a URL, and runs live in directories; mount what it names on every host (a Cloud Storage bucket "
+            "with gcsfuse), and give the path there"
+        )
+    return pathlib.Path(path)
+
+
 class Checkpoints:
     """The checkpoints of one run: asynchronous, atomic, the newest ``keep`` of them kept.
 
@@ -42,7 +56,7 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, *, keep: int = 2, keep_every: int = 0):
         """``keep_every``: checkpoints of steps that it divides are kept for good; 0: none."""
-        self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+        self.directory = local_path(workdir).absolute() / "checkpoints"
         hosts.decided_by_main(self._prepare)
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -69,6 +83,9 @@ class Checkpoints:
         self.wait()
         self._step = step
         with self._said_in_a_sentence(step):
+            if hosts.is_main():
+                # Of an earlier checkpoint of this step that somebody removed: they would call this one damaged.
+                self._digest_path(step).unlink(missing_ok=True)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -117,21 +134,13 @@ class Checkpoints:
             path = self.directory / str(step)
             problem = hosts.decided_by_main(functools.partial(find_damage, path, self._digest_path(step)))
             if problem is None:
-                try:
-                    restored = self._manager.restore(
-                        step,
-                        args=ocp.args.Composite(
-                            state=ocp.args.StandardRestore(abstract),
-                            data=ocp.args.JsonRestore(),
-                            host=ocp.args.JsonRestore(),
-                        ),
-                    )
-                except Exception as error:  # Orbax and TensorStore raise many types for a torn file
-                    problem = str(error).strip().splitlines()[0][:200]
-                else:
+                restored, problem = self._read(step, abstract)
+                (failed,) = hosts.largest(int(problem is not None))
+                if not failed:
                     iterator.set_state(restored["data"])
                     self._set_aside(damaged)
                     return step, restored["state"], restored["host"]
+                problem = problem or "another process of this job cannot read it"
             damaged[step] = f"{path}: {problem}"
             logging.warning("checkpoint %s is damaged (%s); trying the one before it", path, problem)
         if damaged:
@@ -140,6 +149,21 @@ class Checkpoints:
                 "restore one from a backup, or start over with another --workdir"
             )
         return None
+
+    def _read(self, step: int, abstract: Any) -> tuple[Any, str | None]:
+        """What a checkpoint holds, or None and why this process cannot read it; others may be able to."""
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract),
+                    data=ocp.args.JsonRestore(),
+                    host=ocp.args.JsonRestore(),
+                ),
+            )
+        except Exception as error:  # Orbax and TensorStore raise many types for a torn file
+            return None, (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        return restored, None
 
     def close(self) -> None:
         """Waits until everything is on disk.
@@ -177,7 +201,10 @@ class Checkpoints:
         return self.directory / f"{step}{_DIGESTS}"
 
     def _finish(self) -> None:
-        """Once a save has landed, its digests go beside it, and digests of deleted checkpoints go away."""
+        """Once a save has landed, its digests go beside it, and digests of deleted checkpoints go away.
+
+        A checkpoint that was killed before its digests, on an earlier start, gets them now.
+        """
         with self._said_in_a_sentence(self._step):
             self._manager.wait_until_finished()
             if not hosts.is_main():
@@ -260,7 +287,7 @@ class Handoff:
 
 def handoff_path(workdir: pathlib.Path) -> pathlib.Path:
     """Where a finished run keeps its hand-off."""
-    return pathlib.Path(workdir).absolute() / "handoff"
+    return local_path(workdir).absolute() / "handoff"
 
 
 def handoff_identity(workdir: str | pathlib.Path) -> str | None:

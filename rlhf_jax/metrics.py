@@ -1,4 +1,4 @@
-"""Typed metrics that merge exactly, and the files they are written to. Imports masking only.
+"""Typed metrics that merge exactly, and the files they are written to. Imports masking, errors.
 
 A metric is a ``WeightedSum`` (reported as total / weight), a ``Maximum`` or a ``Total``. Metrics of
 micro-batches, devices and steps merge by adding totals and weights, never by averaging averages, so a reported
@@ -7,6 +7,7 @@ mean does not depend on how the work was split. Merging over steps happens on th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.errors import InputError
 from rlhf_jax.masking import WeightedSum
 
 
@@ -113,6 +115,9 @@ class MetricsWriter:
 
     Opened at ``start_step``: rows of later steps, written by a run that was killed after its last checkpoint, are
     dropped first, so that the file of a resumed run equals that of an undisturbed one.
+
+    Raises:
+      InputError: here and in every method, where the disk does not take what is written.
     """
 
     def __init__(self, directory: pathlib.Path, *, start_step: int):
@@ -120,24 +125,45 @@ class MetricsWriter:
         from tensorboardX import SummaryWriter
 
         self._path = directory / "metrics.jsonl"
-        directory.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(self._path) if row["step"] <= start_step]
-        replacement = self._path.with_suffix(".tmp")
-        replacement.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(replacement, self._path)
-        self._file = self._path.open("a")
-        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
+        with written(self._path):
+            directory.mkdir(parents=True, exist_ok=True)
+            kept = [row for row in read_metrics(self._path) if row["step"] <= start_step]
+            replacement = self._path.with_suffix(".tmp")
+            replacement.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(replacement, self._path)
+            self._file = self._path.open("a")
+            self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one row; ``values`` are finite or not, JSON spells NaN and Infinity as Python does."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        with written(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        with written(self._path):
+            try:
+                self._file.close()  # which tries once more to write what the disk has refused
+            finally:
+                self._events.close()
+
+
+@contextlib.contextmanager
+def written(path: pathlib.Path) -> Iterator[None]:
+    """Within the block ``path`` is written; what the disk says to that is said in a sentence.
+
+    Raises:
+      InputError: the disk is full, or does not take it for another reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; what is saved is whole: make room or mend the disk, then "
+            "run the same command again"
+        ) from error
 
 
 def read_metrics(path: pathlib.Path) -> Iterator[dict]:

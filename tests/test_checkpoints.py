@@ -109,6 +109,40 @@ def test_a_damaged_bundle_is_named_and_the_one_before_it_used(damage, tmp_path, 
     assert restore(tmp_path)[0] == 3, "the step can be saved again"
 
 
+def test_a_step_saved_anew_has_digests_of_its_own(tmp_path):
+    """Somebody removes a checkpoint by hand, and leaves the digests beside it."""
+    save_steps(tmp_path, [2, 3])
+    shutil.rmtree(tmp_path / "checkpoints" / "3")
+    assert restore(tmp_path)[0] == 2
+    saver = Checkpoints(tmp_path)
+    saver.save(3, state_of(7), numbers(), {"pending": {}})
+    saver.close()
+    step, state, *_ = restore(tmp_path)
+    assert (step, float(state["w"][0, 0])) == (3, 7.0)
+
+
+def test_what_one_process_cannot_read_no_process_reads(tmp_path, monkeypatch, caplog):
+    save_steps(tmp_path, [2, 3])
+    answers = iter([(1,), (0,)])
+    monkeypatch.setattr(checkpoints.hosts, "largest", lambda flag: next(answers))
+    assert restore(tmp_path)[0] == 2
+    assert "3 is damaged (another process of this job cannot read it)" in caplog.text
+
+
+def test_a_checkpoint_that_fails_without_a_word_is_passed_over(tmp_path, monkeypatch, caplog):
+    save_steps(tmp_path, [2, 3])
+    restore_step = checkpoints.ocp.CheckpointManager.restore
+
+    def fail_at_three(manager, step, **more):
+        if step == 3:
+            raise AssertionError
+        return restore_step(manager, step, **more)
+
+    monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "restore", fail_at_three)
+    assert restore(tmp_path)[0] == 2
+    assert "3 is damaged (AssertionError)" in caplog.text
+
+
 FULL = """
 import json, pathlib, sys
 import grain, jax.numpy as jnp, numpy as np
@@ -204,6 +238,20 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot write to workdir .*file.*; give a writable one"):
         Checkpoints(tmp_path / "file")
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/run", pathlib.Path("gs://bucket/run"), "file:///tmp/run"])
+def test_a_url_is_refused_and_no_directory_is_named_after_it(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for touch in (
+        Checkpoints,
+        checkpoints.load_handoff,
+        checkpoints.is_finished,
+        checkpoints.handoff_identity,
+    ):
+        with pytest.raises(InputError, match=r"is a URL, .* gcsfuse\), and give the path there"):
+            touch(path)
+    assert not list(tmp_path.iterdir())
 
 
 HANDOFF = Handoff(

@@ -1,11 +1,11 @@
 """Prints a GKE JobSet that runs one command on every machine of a TPU slice, and starts it again when it fails.
 
-    python -m experiments.pod.jobset --name=sft8b --topology=v5e:4x4 --image=us-docker.pkg.dev/p/r/rlhf_jax:1 -- \\
-        python -m experiments.sft --workdir=gs://bucket/sft8b --mesh=fsdp:16 | kubectl apply -f -
+    python -m experiments.pod.jobset --name=sft8b --topology=v5e:4x4 --image=us-docker.pkg.dev/p/r/rlhf_jax:1 \\
+        --bucket=b -- python -m experiments.sft --workdir=/bucket/sft8b --mesh=fsdp:16 | kubectl apply -f -
 
 With --spot for machines that may be taken back. The command is that of a single machine; where there are several,
 --distributed is added to it. It is the container's first process, so that the signal before a preemption reaches it,
-and it resumes where it was when it is started again.
+ends with status 75 once all is saved (0 would count as done), and resumes where it was when it is started again.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def manifest(
     name: str,
     where: slices.Slice,
     image: str,
+    bucket: str,
     command: Sequence[str],
     namespace: str = "default",
     restarts: int = 20,
@@ -41,6 +42,7 @@ def manifest(
       name: of the JobSet.
       where: the slice.
       image: of the container.
+      bucket: of Cloud Storage, which GKE's driver mounts at ``request.MOUNT``.
       command: what each pod runs, words as they are; no shell reads them.
       namespace: of Kubernetes.
       restarts: of the whole job.
@@ -48,14 +50,16 @@ def manifest(
       grace_seconds: between SIGTERM and SIGKILL.
 
     Raises:
-      InputError: a name that Kubernetes does not take.
+      InputError: a name that Kubernetes or Cloud Storage does not take.
     """
     request.check_name(name)
+    request.check_bucket(bucket)
     selector = {
         "cloud.google.com/gke-tpu-accelerator": where.version.accelerator,
         "cloud.google.com/gke-tpu-topology": where.topology,
     } | ({"cloud.google.com/gke-spot": "true"} if spot else {})
     labels = "\n".join(f"{' ' * 16}{key}: {json.dumps(value)}" for key, value in selector.items())
+    variable, status = request.UNFINISHED
     words = "\n".join(f"{' ' * 20}- {json.dumps(word)}" for word in command)
     return f"""apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -78,6 +82,9 @@ spec:
           completionMode: Indexed
           backoffLimit: 0
           template:
+            metadata:
+              annotations:
+                gke-gcsfuse/volumes: "true"
             spec:
               restartPolicy: Never
               terminationGracePeriodSeconds: {grace_seconds}
@@ -88,6 +95,10 @@ spec:
                   image: {json.dumps(image)}
                   command:
 {words}
+                  env:
+                    # A job whose pods all end with 0 is done, and not started again.
+                    - name: {variable}
+                      value: {json.dumps(status)}
                   ports:
                     - containerPort: 8471  # between the machines of a slice
                     - containerPort: 8476  # jax.distributed
@@ -96,6 +107,16 @@ spec:
                       google.com/tpu: {where.chips_of_a_host}
                     limits:
                       google.com/tpu: {where.chips_of_a_host}
+                  volumeMounts:
+                    - name: bucket
+                      mountPath: {request.MOUNT}
+              volumes:
+                - name: bucket
+                  csi:
+                    driver: gcsfuse.csi.storage.gke.io
+                    volumeAttributes:
+                      bucketName: {json.dumps(bucket)}
+                      mountOptions: implicit-dirs
 """
 
 
@@ -105,6 +126,7 @@ def _text(arguments: Sequence[str]) -> str:
         name=request.NAME.value,
         where=where,
         image=IMAGE.value,
+        bucket=request.BUCKET.value,
         command=request.command_of(arguments, where),
         namespace=NAMESPACE.value,
         restarts=request.RESTARTS.value,

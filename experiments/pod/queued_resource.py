@@ -1,11 +1,12 @@
 """Prints a shell script that asks for a TPU slice, waits, runs one command on it, and asks again when it is taken.
 
-    python -m experiments.pod.queued_resource --name=sft8b --topology=v5e:4x4 --zone=us-west4-a --spot -- \\
-        python -m experiments.sft --workdir=gs://bucket/sft8b --mesh=fsdp:16 > sft8b.sh
+    python -m experiments.pod.queued_resource --name=sft8b --topology=v5e:4x4 --zone=us-west4-a --bucket=b --spot -- \\
+        python -m experiments.sft --workdir=/bucket/sft8b --mesh=fsdp:16 > sft8b.sh
     bash sft8b.sh
 
 Run the script where the checkout is, on a machine that stays, with gcloud logged in. It ends with the command's
-success, and hands the slice back. Stopped itself, it can be started again: it goes on with the slice that it finds.
+success, and hands the slice back; a command that was stopped before it was done ends with status 75, which is none.
+Stopped itself, it can be started again: it goes on with the slice that it finds.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def script(
     name: str,
     where: slices.Slice,
     zone: str,
+    bucket: str,
     command: Sequence[str],
     project: str = "",
     restarts: int = 20,
@@ -37,6 +39,7 @@ def script(
       name: of the queued resource and of the TPU.
       where: the slice.
       zone: of Google Cloud.
+      bucket: of Cloud Storage, which gcsfuse mounts at ``request.MOUNT``.
       command: what each machine runs, in the checkout's copy there.
       project: of Google Cloud; empty: gcloud's own.
       restarts: how often the command is started again.
@@ -46,9 +49,11 @@ def script(
       InputError: a name that Google Cloud does not take.
     """
     request.check_name(name)
+    request.check_bucket(bucket)
     place = f"--zone={shlex.quote(zone)}" + (f" --project={shlex.quote(project)}" if project else "")
     # What a machine's shell reads; quoted once more for the shell that sends it.
-    remote = f"cd rlhf_jax && {shlex.join(['exec', *command])}"
+    stopped = f"export {'='.join(request.UNFINISHED)}"
+    remote = f"cd rlhf_jax && {stopped} && {shlex.join(['exec', *command])}"
     return f"""#!/usr/bin/env bash
 # {where.accelerator_type} ({where.topology}, {where.hosts} machines of {where.chips_of_a_host} chips).
 set -euo pipefail
@@ -57,6 +62,7 @@ name={shlex.quote(name)}
 place=({place})
 restarts={restarts}
 command={shlex.quote(remote)}
+mount={shlex.quote(_mount(bucket))}
 
 state() {{
   gcloud compute tpus queued-resources describe "$name" "${{place[@]}}" --format='value(state.state)' 2>/dev/null \\
@@ -77,7 +83,7 @@ install() {{
   # What is still running there is of a run that lost a machine, and holds the chips. The images' own Python is too old.
   on_every_machine "pkill -f 'experiments[.]'; tar xzf $name.tar.gz && python3 -m pip install --quiet --user uv \\
     && ~/.local/bin/uv venv --quiet --clear --python 3.12 venv \\
-    && ~/.local/bin/uv pip install --quiet --python venv/bin/python -e 'rlhf_jax[tpu]'"
+    && ~/.local/bin/uv pip install --quiet --python venv/bin/python -e 'rlhf_jax[tpu]' && $mount"
 }}
 
 runs=0
@@ -111,12 +117,26 @@ done
 """
 
 
+def _mount(bucket: str) -> str:
+    """For a machine's shell: gcsfuse, where there is none yet, from Google's packages; then the bucket in its place."""
+    key, packages = "/usr/share/keyrings/cloud.google.asc", "https://packages.cloud.google.com/apt"
+    return (
+        f"(command -v gcsfuse || (sudo curl -sSfo {key} {packages}/doc/apt-key.gpg"
+        f' && echo "deb [signed-by={key}] {packages} gcsfuse-$(lsb_release -cs) main"'
+        " | sudo tee /etc/apt/sources.list.d/gcsfuse.list"
+        " && sudo apt-get update -q && sudo apt-get install -qy gcsfuse))"
+        f" && sudo install -d -o $(id -u) {request.MOUNT}"
+        f" && (mountpoint -q {request.MOUNT} || gcsfuse --implicit-dirs {bucket} {request.MOUNT})"
+    )
+
+
 def _text(arguments: Sequence[str]) -> str:
     where = slices.parse(request.TOPOLOGY.value)
     return script(
         name=request.NAME.value,
         where=where,
         zone=ZONE.value,
+        bucket=request.BUCKET.value,
         command=request.command_of(arguments, where),
         project=PROJECT.value,
         restarts=request.RESTARTS.value,

@@ -16,6 +16,17 @@ TOPOLOGY = flags.DEFINE_string(
     "topology", None, "The slice, as the planner takes it: v5e:4x8, v5p:4x4x8.", required=True
 )
 SPOT = flags.DEFINE_bool("spot", False, "Ask for machines that may be taken back at any time.")
+# What is added to the command's environment: stopped and not done is then no success (75: sysexits.h, EX_TEMPFAIL).
+UNFINISHED = ("RLHF_JAX_INTERRUPTED_STATUS", "75")
+
+BUCKET = flags.DEFINE_string(
+    "bucket",
+    None,
+    "Cloud Storage bucket, mounted at /bucket on every machine; --workdir lies there.",
+    required=True,
+)
+# Where it is mounted: a run's directory has to stay when its machines go.
+MOUNT = "/bucket"
 RESTARTS = flags.DEFINE_integer(
     "restarts", 20, "How often a job that failed is started again; preemption is a failure.", lower_bound=0
 )
@@ -29,6 +40,14 @@ def check_name(name: str) -> None:
         )
 
 
+def check_bucket(bucket: str) -> None:
+    """Raises InputError unless ``bucket`` may name a Cloud Storage bucket."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket):
+        raise InputError(
+            f"--bucket={bucket}: give the bucket's name alone, without gs:// and without a folder"
+        )
+
+
 def command_of(arguments: Sequence[str], where: slices.Slice) -> list[str]:
     """The command as every worker runs it, ``--distributed`` where there are several.
 
@@ -37,7 +56,7 @@ def command_of(arguments: Sequence[str], where: slices.Slice) -> list[str]:
     """
     if len(arguments) < 2:
         raise InputError(
-            "there is no command; give it after --, as in -- python -m experiments.sft --workdir=gs://bucket/run"
+            "there is no command; give it after --, as in -- python -m experiments.sft --workdir=/bucket/run"
         )
     workdirs = [
         argument.partition("=")[2] or (arguments[place + 1] if place + 1 < len(arguments) else "")
@@ -45,10 +64,10 @@ def command_of(arguments: Sequence[str], where: slices.Slice) -> list[str]:
         if re.fullmatch(r"--?workdir(=.*)?", argument)
     ]
     for workdir in workdirs:
-        if not workdir.startswith("gs://"):
+        if not workdir.startswith(f"{MOUNT}/"):
             raise InputError(
-                f"--workdir={workdir} would be lost with its machine; give a path that every machine sees and that "
-                "stays, as gs://bucket/run"
+                f"--workdir={workdir} would be lost with its machine; give a path where --bucket is mounted on all of "
+                f"them, as {MOUNT}/run"
             )
     several = where.hosts > 1 and workdirs and "--distributed" not in arguments
     return [*arguments, "--distributed"] if several else list(arguments)
@@ -65,6 +84,6 @@ def run(text_of: Callable[[Sequence[str]], str]) -> None:
             sys.exit(2)
 
     # absl lists the flags of the main module alone under --help; these belong there too.
-    for holder in (NAME, TOPOLOGY, SPOT, RESTARTS):
+    for holder in (NAME, TOPOLOGY, SPOT, BUCKET, RESTARTS):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[holder.name])
     app.run(main)

@@ -11,7 +11,7 @@ over the axis named ``data``. All give the same update to float tolerance.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -146,14 +146,25 @@ def put_own_rows(mesh: jax.sharding.Mesh, batch: Any) -> Any:
     if where.is_fully_addressable:
         return jax.device_put(batch, where)
     own = jax.tree.leaves(batch)[0].shape[0]
-    begin, whole = own * jax.process_index(), own * jax.process_count()
-    wanted = {
-        index[0].indices(whole)[:2] for index in where.addressable_devices_indices_map((whole,)).values()
-    }
-    if min(start for start, _ in wanted) == begin and max(stop for _, stop in wanted) == begin + own:
+    places = where.devices_indices_map((own * jax.process_count(),))
+    if holds_what_it_reads({device: index[0] for device, index in places.items()}, own):
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x), batch)
     # Devices of this process hold rows that another one has read, as where ``tensor`` spans processes.
     return put_rows(mesh, hosts.gather_rows(batch))
+
+
+def holds_what_it_reads(places: Mapping[Any, slice], own: int) -> bool:
+    """Whether every process's devices hold just the ``own`` rows that it has read; the same answer on all.
+
+    Args:
+      places: of every device of the mesh, the rows of the whole batch that it holds.
+      own: rows that each process reads; those of the first process come first.
+    """
+    whole = own * (1 + max(device.process_index for device in places))
+    held: dict[int, set[int]] = {}
+    for device, rows in places.items():
+        held.setdefault(device.process_index, set()).update(range(*rows.indices(whole)))
+    return all(rows == set(range(own * number, own * (number + 1))) for number, rows in held.items())
 
 
 def jit_step(

@@ -13,6 +13,7 @@ import numpy as np
 
 from rlhf_jax.data import batches
 from rlhf_jax.errors import InputError
+from rlhf_jax.masking import WeightedSum
 from rlhf_jax.metrics import Maximum, count, mean_of, merge
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import LoraConfig
@@ -138,11 +139,17 @@ def make_iteration(
         )
         beta = state.beta
         if method.next_beta is not None:
-            beta = method.next_beta(beta, metrics["kl"].total / metrics["kl"].weight)
+            beta = _next_finite(method.next_beta, beta, metrics["kl"])
         state = OnlineState(train=train, beta=jnp.asarray(beta, jnp.float32), iteration=state.iteration + 1)
         return state, metrics | updates
 
     return iterate
+
+
+def _next_finite(next_beta: Callable, beta: jax.Array, kl: WeightedSum) -> jax.Array:
+    """The next beta; the present one after an iteration whose KL is not finite, which would spoil all that follow."""
+    found = next_beta(beta, kl.total / kl.weight)
+    return jnp.where(jnp.isfinite(found), found, beta)
 
 
 def _of_rollout(scored: ScoredRollout) -> dict:

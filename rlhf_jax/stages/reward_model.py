@@ -24,7 +24,7 @@ from rlhf_jax.data import batches, readers, world
 from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.evaluation import calibration
 from rlhf_jax.losses import bradley_terry_loss
-from rlhf_jax.metrics import count, mean_of
+from rlhf_jax.metrics import count, mean_of, written
 from rlhf_jax.models import heads
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import hosts, sharding
@@ -262,7 +262,9 @@ def _compare(rows, chosen, rejected, run_: Run) -> dict[str, float]:
     curve = calibration.reliability(margins)
     facts["calibration_error"] = calibration.expected_calibration_error(curve)
     if hosts.is_main():
-        (run_.workdir / "margins.json").write_text(
-            json.dumps({"margins": [round(float(m), 4) for m in margins], "reliability": curve})
-        )
+        path = run_.workdir / "margins.json"
+        with written(path):
+            path.write_text(
+                json.dumps({"margins": [round(float(m), 4) for m in margins], "reliability": curve})
+            )
     return facts

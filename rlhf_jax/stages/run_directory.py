@@ -23,6 +23,7 @@ from rlhf_jax.data import pipeline
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.data.batches import EncodeReport
 from rlhf_jax.errors import InputError
+from rlhf_jax.metrics import written
 from rlhf_jax.models import decoder, huggingface, tensor_files
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import hosts, sharding
@@ -112,12 +113,12 @@ def open_run(
     ``mesh``: None puts all devices on the data axis. It is no part of what the run is: another may go on with it.
 
     Raises:
-      InputError: the directory cannot be written, or belongs to a run with another config or other inputs; or the mesh
-        splits parameters, which ``pmap`` does not.
+      InputError: the directory or an input is a URL; it cannot be written, or belongs to a run with another config or
+        other inputs; or the mesh splits parameters, which ``pmap`` does not.
     """
     mesh = meshes.data_mesh() if mesh is None else mesh
     meshes.check_parallelism(mesh, parallelism)
-    workdir = pathlib.Path(workdir)
+    workdir = checkpoints.local_path(workdir)
     description = {
         "stage": stage,
         "config": dataclasses.asdict(config),
@@ -151,7 +152,8 @@ def _enter(workdir: pathlib.Path, description: dict[str, Any]) -> None:
 
 def _identity(path: str) -> dict[str, str | None]:
     """Where an input lies and what it was: an input that was made anew is another input. A hub name stays one."""
-    where = str(pathlib.Path(path).absolute()) if pathlib.Path(path).exists() else path
+    local = checkpoints.local_path(path)
+    where = str(local.absolute()) if local.exists() else path
     return {"path": where, "handoff": checkpoints.handoff_identity(path) or tensor_files.fingerprint(path)}
 
 
@@ -190,7 +192,7 @@ def load_model(path: str, run: Run) -> Model:
     Raises:
       InputError: neither kind, unfinished, damaged, or of an architecture that is not supported.
     """
-    directory = pathlib.Path(path)
+    directory = checkpoints.local_path(path)
     if _is_run(directory):
         return load_handoff_model(directory, run.mesh)
     if not directory.is_dir():
@@ -222,7 +224,7 @@ def load_handoff_model(path: str | os.PathLike, mesh: jax.sharding.Mesh | None =
     Raises:
       InputError: no run, unfinished, or damaged.
     """
-    directory = pathlib.Path(path)
+    directory = checkpoints.local_path(path)
     if not _is_run(directory):
         raise InputError(f"{directory} is not the directory of a run; give the --workdir of a finished one")
     handoff, location = checkpoints.load_handoff(directory)
@@ -380,7 +382,9 @@ def write_data_report(run: Run, unreadable: Sequence[tuple[str, str]], **encoded
     if not hosts.is_main():
         return
     value = {name: dataclasses.asdict(report) for name, report in encoded.items()}
-    (run.workdir / "data.json").write_text(json.dumps({"unreadable": list(unreadable), **value}, indent=1))
+    path = run.workdir / "data.json"
+    with written(path):
+        path.write_text(json.dumps({"unreadable": list(unreadable), **value}, indent=1))
 
 
 class Progress:

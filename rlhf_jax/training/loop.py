@@ -87,8 +87,8 @@ def fit(
 
     Raises:
       Interrupted: stopped on request, after saving.
-      InputError: ``MAX_SKIPPED_UPDATES`` updates in a row were not finite, no checkpoint is whole, or none can be
-        written.
+      InputError: ``MAX_SKIPPED_UPDATES`` updates in a row were not finite, no checkpoint is whole, or neither one
+        nor a row of metrics can be written.
     """
     checkpoints = Checkpoints(workdir, keep=schedule.keep, keep_every=schedule.keep_every)
     done, pending, writer, ended, given_up = 0, Accumulator(), None, False, False
@@ -144,10 +144,12 @@ def fit(
         given_up = jax.process_count() > 1
         raise
     finally:
-        if writer is not None:
-            writer.close()
-        if not given_up:
-            checkpoints.close()
+        try:
+            if writer is not None:
+                writer.close()
+        finally:  # a save under way ends whole, whatever else the disk has refused
+            if not given_up:
+                checkpoints.close()
 
 
 def _agree(stop: StopRequest, due: bool) -> tuple[str | None, bool]:

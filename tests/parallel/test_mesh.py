@@ -1,5 +1,7 @@
 """Two ways to run one step on eight devices, against one worked in NumPy; and what cannot be laid out."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,3 +100,25 @@ def test_a_mesh_has_three_axes_and_rows_are_split_over_two():
     meshes.check_rows(mesh, 12, "batch_size")
     with pytest.raises(InputError, match="batch_size is 6, which does not divide over 4 devices"):
         meshes.check_rows(mesh, 6, "batch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    id: int
+    process_index: int
+
+
+@pytest.mark.parametrize(
+    ("held", "expected"),
+    [
+        ([(0, 2), (2, 4), (4, 6), (6, 8)], True),  # rows over both processes
+        ([(0, 4), (0, 4), (4, 8), (4, 8)], True),  # tensor within each
+        ([(0, 8)] * 4, False),  # tensor over both
+        ([(0, 2), (2, 4), (0, 4), (4, 8)], False),  # the first process alone would see nothing wrong
+        ([(4, 6), (6, 8), (0, 2), (2, 4)], False),  # the second process's devices come first
+        ([(0, 1), (3, 4), (4, 6), (6, 8)], False),  # rows 1 to 3 are nowhere
+    ],
+)
+def test_whether_rows_are_exchanged_is_known_of_all_processes_at_once(held, expected):
+    places = {Device(number, number // 2): slice(*rows) for number, rows in enumerate(held)}
+    assert meshes.holds_what_it_reads(places, 4) is expected

@@ -1,5 +1,7 @@
 """The loop around a step: what it writes and when, how it stops, and the guard against updates that come to nothing."""
 
+import pathlib
+
 import grain
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 
 from rlhf_jax.checkpoints import Checkpoints
 from rlhf_jax.errors import InputError
-from rlhf_jax.metrics import mean_of, read_metrics
+from rlhf_jax.metrics import MetricsWriter, mean_of, read_metrics
+from rlhf_jax.training import loop
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 from rlhf_jax.training.loop import MAX_SKIPPED_UPDATES, Schedule, fit
 
@@ -132,6 +135,37 @@ def test_an_error_in_a_step_keeps_what_was_saved(tmp_path):
     assert rows(tmp_path) == EXPECTED[:4]
     assert int(run(tmp_path, SCHEDULE)["total"]) == 28
     assert rows(tmp_path) == EXPECTED
+
+
+class FullDisk(MetricsWriter):
+    """Of which the disk takes no row after the fifth step."""
+
+    def write(self, step, values):
+        if step > 5:
+            self._file.close()
+            self._file = pathlib.Path("/dev/full").open("a")  # noqa: SIM115, the writer closes it
+        super().write(step, values)
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="this machine has no /dev/full")
+def test_a_disk_too_full_for_metrics_ends_the_run_in_a_sentence_and_the_save_under_way_whole(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "MetricsWriter", FullDisk)
+    with pytest.raises(
+        InputError, match=r"cannot write .*metrics.jsonl: No space left on device; .* make room"
+    ):
+        run(tmp_path, SCHEDULE)
+    assert steps_saved(tmp_path) == [5] and (tmp_path / "checkpoints" / "5.sha256.json").exists()
+    monkeypatch.undo()
+    assert int(run(tmp_path, SCHEDULE)["total"]) == 28
+    assert rows(tmp_path) == EXPECTED
+
+
+def test_metrics_that_cannot_be_opened_are_named(tmp_path):
+    (tmp_path / "metrics.tmp").mkdir()
+    with pytest.raises(InputError, match=r"cannot write .*metrics.jsonl: Is a directory"):
+        run(tmp_path, SCHEDULE)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ import sys
 import pytest
 import yaml
 
+from experiments import launch
 from experiments.pod import jobset, queued_resource, request, slices
 from rlhf_jax.errors import InputError
 
-COMMAND = ["python", "-m", "experiments.sft", "--workdir=gs://bucket/run", "--config.optimizer.schedule=it's"]
+COMMAND = ["python", "-m", "experiments.sft", "--workdir=/bucket/run", "--config.optimizer.schedule=it's"]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,9 @@ def test_a_slice_that_is_none(topology):
 
 def test_the_manifest_asks_for_every_machine_of_the_slice():
     where = slices.parse("v5e:4x8")
-    text = jobset.manifest(name="run-1", where=where, image="image:1", command=COMMAND, spot=True, restarts=7)
+    text = jobset.manifest(
+        name="run-1", where=where, image="image:1", bucket="runs", command=COMMAND, spot=True, restarts=7
+    )
     manifest = yaml.safe_load(text)
     assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert manifest["metadata"]["name"] == "run-1"
@@ -55,6 +58,13 @@ def test_the_manifest_asks_for_every_machine_of_the_slice():
     }
     (container,) = pod["containers"]
     assert container["command"] == COMMAND
+    assert container["env"] == [{"name": launch.INTERRUPTED_STATUS, "value": "75"}]
+    assert [mount["mountPath"] for mount in container["volumeMounts"]] == [request.MOUNT]
+    (volume,) = pod["volumes"]
+    assert volume["name"] == container["volumeMounts"][0]["name"]
+    assert volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
+    assert volume["csi"]["volumeAttributes"]["bucketName"] == "runs"
+    assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
     tpus = {"google.com/tpu": 4}
     assert container["resources"] == {"requests": tpus, "limits": tpus}
 
@@ -69,6 +79,7 @@ def test_several_machines_find_each_other_and_one_does_not_look():
     [
         ([], "there is no command"),
         (["python", "run.py", "--workdir=/tmp/run"], "--workdir=/tmp/run would be lost"),
+        (["python", "run.py", "--workdir=gs://bucket/run"], "--workdir=gs://bucket/run would be lost"),
         (["python", "run.py", "--workdir", "runs/1"], "--workdir=runs/1 would be lost"),
     ],
 )
@@ -80,16 +91,33 @@ def test_a_command_that_a_pod_cannot_run(arguments, message):
 @pytest.mark.parametrize("name", ["Run", "run_1", "1run", "run-", "r" * 41])
 def test_a_name_that_the_cloud_does_not_take(name):
     with pytest.raises(InputError, match="--name="):
-        jobset.manifest(name=name, where=slices.parse("v5e:4x8"), image="image", command=COMMAND)
+        jobset.manifest(
+            name=name, where=slices.parse("v5e:4x8"), image="image", bucket="runs", command=COMMAND
+        )
 
 
-# Answers what a test wrote down: states one after the other, and whether the command on the machines succeeds.
+@pytest.mark.parametrize("bucket", ["gs://runs", "runs/sft", "r", "runs; rm"])
+def test_a_bucket_that_is_none(bucket):
+    with pytest.raises(InputError, match=f"--bucket={bucket}: give the bucket's name alone"):
+        request.check_bucket(bucket)
+
+
+# Answers what a test wrote down: states one after the other; the command runs, in a shell of a machine's own.
 GCLOUD = """#!/usr/bin/env bash
 echo "$@" >> calls
 take() { line=$(head -1 "$1"); sed -i 1d "$1"; echo "$line"; }
 case "$*" in
   *describe*) line=$(take states); [ "$line" != ABSENT ] || exit 1; echo "$line" ;;
-  *experiments.sft*) [ "$(take results)" = ok ] ;;
+  *experiments.sft*) for word; do case "$word" in --command=*) bash -c "${word#--command=}" ;; esac; done ;;
+esac
+"""
+# Python on such a machine: a run ends as a test wrote down, and stopped on request as experiments.launch does.
+PYTHON = """#!/usr/bin/env bash
+result=$(head -1 ../results); sed -i 1d ../results
+case "$result" in
+  ok) exit 0 ;;
+  stopped) exit "${RLHF_JAX_INTERRUPTED_STATUS:-0}" ;;
+  *) exit 1 ;;
 esac
 """
 
@@ -99,15 +127,20 @@ def _run(tmp_path, *, states, results, restarts=20):
         name="run-1",
         where=slices.parse("v5e:4x8"),
         zone="here-1",
+        bucket="runs",
         command=COMMAND,
         spot=True,
         restarts=restarts,
     )
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name, body in {"gcloud": GCLOUD, "sleep": "#!/bin/sh\n", "git": "#!/bin/sh\n"}.items():
+    nothing = "#!/bin/sh\n"
+    for name, body in {"gcloud": GCLOUD, "python": PYTHON, "sleep": nothing, "git": nothing}.items():
         (tools / name).write_text(body)
         (tools / name).chmod(0o755)
+    (tmp_path / "rlhf_jax").mkdir()
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").write_text("")
     (tmp_path / "states").write_text("\n".join(states) + "\n")
     (tmp_path / "results").write_text("\n".join(results) + "\n")
     (tmp_path / "run.sh").write_text(text)
@@ -131,14 +164,17 @@ def test_the_script_waits_runs_and_gives_the_slice_back(tmp_path):
     assert "--accelerator-type=v5litepod-32" in create and "--spot" in create and "--zone=here-1" in create
     (ran,) = [call for call in calls if "experiments.sft" in call]
     # The apostrophe arrives as it was given.
+    # The bucket is mounted by then.
+    assert any("gcsfuse --implicit-dirs runs /bucket" in call for call in calls[: calls.index(ran)])
     words = shlex.split(ran.partition("--command=")[2].partition("exec ")[2])
     assert words == COMMAND and "--worker=all" in ran
     assert "queued-resources delete" in calls[-1]
 
 
-def test_the_script_asks_again_when_the_slice_was_taken(tmp_path):
+@pytest.mark.parametrize("how", ["lost", "stopped"])
+def test_the_script_asks_again_when_the_slice_was_taken(how, tmp_path):
     states = ["ACTIVE", "SUSPENDING", "SUSPENDED", "ABSENT", "ACTIVE"]
-    done, calls = _run(tmp_path, states=states, results=["taken", "ok"])
+    done, calls = _run(tmp_path, states=states, results=[how, "ok"])
     assert done.returncode == 0, done.stderr
     kinds = [word for call in calls for word in ("create", "delete", "experiments.sft") if word in call]
     assert kinds == ["experiments.sft", "delete", "create", "experiments.sft", "delete"]
@@ -158,7 +194,15 @@ def test_the_script_does_not_start_a_broken_command_for_ever(tmp_path):
 def test_the_mains(main, required):
     def run(*arguments):
         return subprocess.run(
-            [sys.executable, "-m", f"experiments.pod.{main}", "--name=run-1", required, *arguments],
+            [
+                sys.executable,
+                "-m",
+                f"experiments.pod.{main}",
+                "--name=run-1",
+                "--bucket=runs",
+                required,
+                *arguments,
+            ],
             cwd=pathlib.Path(__file__).parents[3],
             capture_output=True,
             text=True,
