@@ -46,7 +46,7 @@ test-fast: setup
 test-plan: setup-plan
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(VENV)-plan/bin/python -m pytest tests/parallel/test_planner.py
 
-# Each stage killed with -9 at twenty random moments: its parameters end in the bits of an undisturbed run. About SOAKTIME.
+# Each stage killed with -9 at twenty random moments: its parameters end in the bits of an undisturbed run. A few minutes.
 soak: setup
 	$(BIN)/python -m tests.system.soak --stage=all --kills=20
 
