@@ -18,6 +18,7 @@ from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.training.interrupt import StopRequest
 
 ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.processes
 STAGES = ("sft", "reward_model", "dpo", "ppo")
 
 
@@ -80,13 +81,11 @@ def alone(tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
-@pytest.mark.slow
 def test_what_stops_one_process_saves_on_all_at_the_same_step(job):
     first, second = ((job[0] / f"said.{number}").read_text() for number in range(2))
     assert first == second and "SIGTERM: saved step 2 of 16 in" in first
 
 
-@pytest.mark.slow
 def test_a_lost_process_ends_the_job_with_a_clear_message(job):
     (status, said), killed = job[1]
     assert killed[0] == -signal.SIGKILL
@@ -98,7 +97,6 @@ def test_a_lost_process_ends_the_job_with_a_clear_message(job):
         assert status == -signal.SIGABRT and "another task died" in said, said
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(job, alone):
     """Of which one was killed on the way; to the tolerance of sums in another order."""
     workdir, _, ended = job
@@ -115,7 +113,6 @@ def check_same(rows: list[dict], expected_rows: list[dict]) -> None:
         assert _smooth(row) == pytest.approx(_smooth(expected), rel=1e-4, abs=5e-6), expected["step"]
 
 
-@pytest.mark.slow
 def test_what_two_processes_saved_one_goes_on_with(job, alone, tmp_path):
     from tests.system import hosts_job
 
@@ -130,7 +127,6 @@ def _smooth(row: dict) -> dict:
     return {name: value for name, value in row.items() if "accuracy" not in name}
 
 
-@pytest.mark.slow
 def test_each_process_reads_its_half_of_the_rows(job, alone):
     whole = np.load(alone / "read.0.npy")
     halves = [np.load(job[0] / f"read.{number}.npy") for number in range(2)]
