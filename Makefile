@@ -1,5 +1,5 @@
 # make quickstart  sets up .venv and runs the whole ladder on the embedded world
-# make test        sets up .venv and runs the tests; those of real processes that are killed: make test-processes
+# make test        sets up .venv and runs the tests; the slow ones, and those that kill real processes: make test-slow
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 # 3.11 ends at jax 0.10; from 3.12 on the newest jax installs, so those share one pin file.
@@ -8,7 +8,7 @@ VENV := $(if $(filter 3.11,$(VERSION)),.venv,.venv-$(VERSION))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup setup-plan quickstart test test-processes test-fast test-plan soak lint three-seeds clean
+.PHONY: setup setup-plan quickstart test test-slow test-plan soak lint three-seeds clean
 
 setup: $(STAMP)
 
@@ -37,14 +37,11 @@ three-seeds: setup
 
 # Two workers, a file to each in turn: a test is mostly compilation, which keeps one core busy.
 test: setup lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not processes"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-# Stages stopped, killed with -9, and run as one job of two processes.
-test-processes: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m processes
-
-test-fast: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not processes"
+# What takes long: the ladder whole, meshes, notebooks, stages killed with -9, one job of two processes.
+test-slow: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 # Every stage compiled for a TPU slice that is not there.
 test-plan: setup-plan

@@ -73,7 +73,7 @@ def undisturbed(tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
 def test_stopped_and_run_again_ends_in_the_same_bits(how, undisturbed, tmp_path):
     process = start(*SFT, f"--workdir={tmp_path}")

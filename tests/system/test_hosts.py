@@ -18,7 +18,7 @@ from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.training.interrupt import StopRequest
 
 ROOT = pathlib.Path(__file__).parents[2]
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.slow
 STAGES = ("sft", "reward_model", "dpo", "ppo")
 
 

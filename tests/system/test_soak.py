@@ -21,7 +21,7 @@ def root(tmp_path_factory) -> pathlib.Path:
     return tmp_path_factory.mktemp("soak")
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", random.Random(commit()).sample(sorted(soak.STAGES), 2))
 def test_killed_twice_it_ends_in_the_same_bits(stage, root):
     said: list[str] = []
