@@ -9,12 +9,8 @@ off because recomputation would only slow it. Steps are timed between the traine
 whole iteration, sampling included. Prints one JSON line, in which tokens are counted as ``benchmarks.speed`` counts.
 """
 
-import argparse
-import json
 import os
 import pathlib
-import resource
-import statistics
 import sys
 import tempfile
 import time
@@ -28,9 +24,9 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402
 
+from benchmarks import peer  # noqa: E402
 from benchmarks.shapes import SIZES  # noqa: E402
 
-WARM_UP = 2
 GROUP = 8
 
 
@@ -213,44 +209,26 @@ def generate(size, batch, seq, new, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", default="sft", choices=["sft", "dpo", "rm", "grpo", "ppo", "gen"])
-    parser.add_argument("--size", default="tiny", choices=sorted(SIZES))
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=5)
-    arguments = parser.parse_args()
+    trained = {"sft": sft, "dpo": dpo, "rm": rm, "grpo": grpo, "ppo": ppo}
+    arguments = peer.arguments_of(__doc__, [*trained, "gen"])
     torch.manual_seed(0)
-    size, steps = SIZES[arguments.size], WARM_UP + arguments.steps
-    shape = size, arguments.batch, arguments.seq, arguments.new, steps
+    steps = peer.WARM_UP + arguments.steps
+    shape = SIZES[arguments.size], arguments.batch, arguments.seq, arguments.new, steps
     if arguments.task == "gen":
         seconds, tokens = generate(*shape)
     else:
         clock = Clock()
-        trainer, tokens = {"sft": sft, "dpo": dpo, "rm": rm, "grpo": grpo, "ppo": ppo}[arguments.task](
-            *shape, clock
-        )
+        trainer, tokens = trained[arguments.task](*shape, clock)
         trainer.train()
         seconds = clock.seconds
-    median = statistics.median(seconds[WARM_UP:])
-    print(
-        json.dumps(
-            {
-                "library": "transformers" if arguments.task == "gen" else "trl",
-                "task": arguments.task,
-                "size": arguments.size,
-                "batch": arguments.batch,
-                "seq": arguments.seq,
-                "new": arguments.new,
-                "median_s": round(median, 4),
-                "tokens_per_s": round(tokens / median, 1),
-                "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
-                "trl": trl.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            }
-        )
+    peer.print_result(
+        "transformers" if arguments.task == "gen" else "trl",
+        arguments,
+        seconds,
+        tokens,
+        trl=trl.__version__,
+        torch=torch.__version__,
+        transformers=transformers.__version__,
     )
 
 

@@ -7,13 +7,9 @@ computation in flight; one of GRPO or PPO is a whole iteration, sampling include
 Prints one JSON line, in which tokens are counted as ``benchmarks.speed`` counts.
 """
 
-import argparse
 import importlib.metadata
-import json
 import os
 import pathlib
-import resource
-import statistics
 import sys
 import time
 
@@ -36,9 +32,9 @@ from tunix.rl.rollout import base_rollout  # noqa: E402
 from tunix.sft import peft_trainer  # noqa: E402
 from tunix.sft.dpo import dpo_trainer  # noqa: E402
 
+from benchmarks import peer  # noqa: E402
 from benchmarks.shapes import SIZES  # noqa: E402
 
-WARM_UP = 2
 GROUP = 8
 
 
@@ -247,34 +243,12 @@ def gen(size, batch, seq, new, steps):
 
 def main():
     tasks = {"sft": sft, "dpo": dpo, "grpo": grpo, "ppo": ppo, "gen": gen}
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", default="sft", choices=list(tasks))
-    parser.add_argument("--size", default="tiny", choices=sorted(SIZES))
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=5)
-    arguments = parser.parse_args()
-    size, steps = SIZES[arguments.size], WARM_UP + arguments.steps
-    seconds, tokens = tasks[arguments.task](size, arguments.batch, arguments.seq, arguments.new, steps)
-    median = statistics.median(seconds[WARM_UP:steps])
-    print(
-        json.dumps(
-            {
-                "library": "tunix",
-                "task": arguments.task,
-                "size": arguments.size,
-                "batch": arguments.batch,
-                "seq": arguments.seq,
-                "new": arguments.new,
-                "median_s": round(median, 4),
-                "tokens_per_s": round(tokens / median, 1),
-                "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
-                "tunix": importlib.metadata.version("google-tunix"),
-                "jax": jax.__version__,
-            }
-        )
-    )
+    arguments = peer.arguments_of(__doc__, tasks)
+    steps = peer.WARM_UP + arguments.steps
+    shape = SIZES[arguments.size], arguments.batch, arguments.seq, arguments.new, steps
+    seconds, tokens = tasks[arguments.task](*shape)
+    version = importlib.metadata.version("google-tunix")
+    peer.print_result("tunix", arguments, seconds, tokens, tunix=version, jax=jax.__version__)
 
 
 if __name__ == "__main__":

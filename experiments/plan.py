@@ -15,7 +15,7 @@ import os
 import sys
 
 # Compiling for a slice needs no device, and with its compiler installed JAX would look for one.
-if not " ".join(sys.argv).replace("topology here", "topology=here").count("topology=here"):
+if "topology=here" not in " ".join(sys.argv).replace("topology here", "topology=here"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import dataclasses  # noqa: E402

@@ -20,7 +20,8 @@ from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.stages import inputs, prompts, rollouts
 from rlhf_jax.stages.run_directory import Purpose, check_same_family, check_scores, load_model, open_run
-from rlhf_jax.training.interrupt import Interrupted, StopRequest
+from rlhf_jax.training import interrupt
+from rlhf_jax.training.interrupt import StopRequest
 
 SCORES = "scores.npz"
 
@@ -111,10 +112,7 @@ def run(
     params, key = {"decoder": model.params["decoder"]}, run_.key(config.seed, Purpose.EVALUATION)
     found: dict[str, list[np.ndarray]] = {name: [] for name in rewards}
     for number, (batch, real) in enumerate(batches.eval_batches(rows, config.batch_size)):
-        if stop.requested is not None:
-            raise Interrupted(
-                f"{stop.requested}: samples are kept once all are there; run the same command again"
-            )
+        interrupt.check(stop, "samples are kept once all are there")
         rollout = sample(params, batch, jax.random.fold_in(key, number), 0)
         of_rows = [rows.rows[i].row for i in batch["index"]]
         for name, reward in rewards.items():

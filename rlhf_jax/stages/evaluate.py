@@ -22,7 +22,8 @@ from rlhf_jax.stages.run_directory import (
     load_model,
     open_run,
 )
-from rlhf_jax.training.interrupt import Interrupted, StopRequest
+from rlhf_jax.training import interrupt
+from rlhf_jax.training.interrupt import StopRequest
 
 SUMMARY = "summary.json"
 SAMPLES = "samples.json"
@@ -97,7 +98,7 @@ def run(
 
     found: dict[str, Sequence[policies.Sample]] = {}
     for name, path in {"sft": reference_from, **policies_from}.items():
-        _check_stop(stop)
+        interrupt.check(stop, "an evaluation keeps nothing half-done")
         model = load_model(path, run_)
         check_same_family(reference, model, architecture=True)
         # The same key for every policy: the comparison shares its noise.
@@ -106,7 +107,7 @@ def run(
     if config.best_of:
         draws = []
         for index in range(config.best_of):
-            _check_stop(stop)
+            interrupt.check(stop, "an evaluation keeps nothing half-done")
             draws.append(sample(judge.reference, encoded, jax.random.fold_in(key, 1 + index)))
         found["best_of_n"] = policies.best_of_n(list(zip(*draws, strict=True)))
         # Sampled KL would be that of the policy drawn from, not of the choice among its draws.
@@ -120,10 +121,3 @@ def run(
     (run_.workdir / SAMPLES).write_text(json.dumps(shown, indent=1))
     (run_.workdir / SUMMARY).write_text(json.dumps(summary, indent=1))
     return summary
-
-
-def _check_stop(stop: StopRequest) -> None:
-    if stop.requested is not None:
-        raise Interrupted(
-            f"{stop.requested}: an evaluation keeps nothing half-done; run the same command again"
-        )

@@ -37,7 +37,8 @@ from rlhf_jax.stages.run_directory import (
     load_model,
     open_run,
 )
-from rlhf_jax.training.interrupt import Interrupted, StopRequest
+from rlhf_jax.training import interrupt
+from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.types import DemonstrationBatch
 
 SUMMARY = "summary.json"
@@ -273,9 +274,6 @@ def make_score(config: Config, run_: Run, judge: Model, prompts: Sequence[Sequen
 def _chunks(items: Sequence[Any], size: int, stop: StopRequest) -> Iterator[tuple[list[Any], int]]:
     """(``size`` items, how many of them are real): the last chunk is filled up with its first item."""
     for start in range(0, len(items), size):
-        if stop.requested is not None:
-            raise Interrupted(
-                f"{stop.requested}: a search keeps nothing half-done; run the same command again"
-            )
+        interrupt.check(stop, "a search keeps nothing half-done")
         part = list(items[start : start + size])
         yield part + part[:1] * (size - len(part)), len(part)

@@ -28,8 +28,9 @@ from rlhf_jax.stages.run_directory import (
     load_model,
     open_run,
 )
+from rlhf_jax.training import interrupt
 from rlhf_jax.training.forward import response_log_probs
-from rlhf_jax.training.interrupt import Interrupted, StopRequest
+from rlhf_jax.training.interrupt import StopRequest
 
 SUMMARY, SAMPLES = "summary.json", "samples.json"
 
@@ -102,8 +103,7 @@ def run(
     key = run_.key(config.seed, Purpose.EVALUATION)
     summary, shown = {}, {}
     for name, path in {"first": first_from, **policies_from}.items():
-        if stop.requested is not None:
-            raise Interrupted(f"{stop.requested}: a measurement keeps nothing half-done; run it again")
+        interrupt.check(stop, "a measurement keeps nothing half-done")
         model = load_model(path, run_)
         check_same_family(first, model, architecture=True)
         params = {"decoder": model.params["decoder"]}
@@ -127,7 +127,10 @@ def run(
 
 
 def make_nll(config: Config, run_: Any, first: Any):
-    """``nll(params, encoded prompts, key)``: what the first model pays a token, in nats, for what a policy says."""
+    """``nll(params, encoded prompts, key)``: what the first model pays a token, in nats, for what a policy says.
+
+    It draws what ``policies.make_sampler`` draws for the same key: samples keep their texts and not their ids.
+    """
     sampling = SamplingConfig(max_new_tokens=config.data.response_length, temperature=config.temperature)
     rollout = rollouts.make_rollout(run_, first, sampling)
     reference = {"decoder": first.params["decoder"]}

@@ -18,6 +18,12 @@ class Interrupted(Exception):
     """A run stopped on request after saving; the message says where, and how to go on."""
 
 
+def check(stop: StopRequest, kept: str) -> None:
+    """Raises Interrupted where work that keeps nothing half-done was asked to stop; ``kept`` says so."""
+    if stop.requested is not None:
+        raise Interrupted(f"{stop.requested}: {kept}; run the same command again")
+
+
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
     """Within the block SIGINT and SIGTERM set a flag; a second SIGINT raises KeyboardInterrupt at once."""
