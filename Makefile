@@ -8,7 +8,7 @@ VENV := $(if $(filter 3.11,$(VERSION)),.venv,.venv-$(VERSION))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup setup-plan quickstart test test-slow test-plan soak lint three-seeds clean
+.PHONY: setup setup-plan quickstart test test-slow test-plan soak lint three-seeds lab clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,11 @@ quickstart: setup
 three-seeds: setup
 	for seed in 0 1 2; do $(BIN)/python -m experiments.quickstart --workdir=runs/seed$$seed --config.seed=$$seed --config.data.world.seed=$$seed || exit 1; done
 	$(BIN)/python -m experiments.check_seeds runs/seed0 runs/seed1 runs/seed2
+
+# The over-optimisation lab on each of them. Results: docs/overoptimization.md.
+lab: setup
+	for seed in 0 1 2; do $(BIN)/python -m experiments.overoptimization --quickstart=runs/seed$$seed --workdir=runs/lab$$seed --config.seed=$$seed --config.data.world.seed=$$seed || exit 1; done
+	$(BIN)/python -m experiments.overoptimization_seeds runs/lab0 runs/lab1 runs/lab2
 
 # Two workers, a file to each in turn: a test is mostly compilation, which keeps one core busy.
 test: setup lint
