@@ -62,8 +62,12 @@ def main(stop):
     columns = ("sentiment", "sentiment_error", "kl", "perplexity", "length", "distinct_2")
     print(f"{'':12}" + "".join(f"{name:>17}" for name in columns))
     for name, values in summary.items():
-        print(f"{name:12}" + "".join(f"{values[column]:17.2f}" for column in columns))
+        print(f"{name:12}" + "".join(f"{number(values[column]):>17}" for column in columns))
     print(workdir / "steering.png")
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def draw(workdir: pathlib.Path) -> None:

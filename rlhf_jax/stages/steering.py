@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -111,9 +111,7 @@ def run(
         found, scores = policies.summarize(samples), [s.proxy for s in samples]
         summary[name] = {
             "sentiment": found["proxy"],
-            "sentiment_error": float(np.std(scores, ddof=1) / math.sqrt(len(scores)))
-            if len(scores) > 1
-            else 0.0,
+            "sentiment_error": standard_error(scores, rounds=config.responses_per_prompt),
             "kl": found["kl"],
             "perplexity": math.exp(nll(params, encoded, key)),
             "length": found["length"],
@@ -124,6 +122,21 @@ def run(
     (run_.workdir / SAMPLES).write_text(json.dumps(shown, indent=1))
     (run_.workdir / SUMMARY).write_text(json.dumps(summary, indent=1))
     return summary
+
+
+def standard_error(scores: Sequence[float], *, rounds: int) -> float | None:
+    """The standard error of the mean over prompts; None of one prompt, whose spread nobody has seen.
+
+    Responses to one prompt are alike, so that prompts count and not responses.
+
+    Args:
+      scores: of ``rounds`` responses a prompt, as ``prompts.in_rounds`` has them.
+      rounds: how many that are.
+    """
+    of_prompts = np.asarray(scores, np.float64).reshape(rounds, -1).mean(axis=0)
+    if of_prompts.size < 2:
+        return None
+    return float(of_prompts.std(ddof=1) / math.sqrt(of_prompts.size))
 
 
 def make_nll(config: Config, run_: Any, first: Any):

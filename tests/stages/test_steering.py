@@ -51,6 +51,13 @@ def test_a_steered_policy_is_happier_further_away_and_stranger(ladder, steered, 
         assert row["sentiment"] == pytest.approx(float(sentiment_reward([row["response"]])[0]))
 
 
+def test_the_standard_error_is_that_of_prompts_and_not_of_responses():
+    """Two rounds of three prompts whose means are 1, 2 and 6: standard deviation sqrt(7), by sqrt(3)."""
+    error = steering.standard_error([0.0, 2.0, 5.0, 2.0, 2.0, 7.0], rounds=2)
+    assert error == pytest.approx((7 / 3) ** 0.5)
+    assert steering.standard_error([1.0, 2.0], rounds=2) is None
+
+
 def test_perplexity_is_the_first_models_of_what_the_policy_says(ladder, steered, tmp_path):
     """Against logits of the whole sequence, one row at a time, in float64."""
     run_ = open_run(tmp_path, "steering", CONFIG, inputs={}, parallelism="jit", mesh=None, stop=STOP)
