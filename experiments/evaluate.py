@@ -4,8 +4,6 @@
         --policies=ppo=runs/ppo,dpo=runs/dpo
 """
 
-import pathlib
-
 from absl import flags
 
 from experiments import launch, table
@@ -48,7 +46,7 @@ def main(stop):
         stop=stop,
     )
     print(table.policies(summary))
-    print(report.write_report(pathlib.Path(WORKDIR.value)))
+    print(report.write_report(WORKDIR.value))
 
 
 if __name__ == "__main__":

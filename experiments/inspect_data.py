@@ -13,6 +13,7 @@ import pathlib
 from absl import flags
 
 from experiments import launch
+from rlhf_jax import storage
 from rlhf_jax.data import prepared, readers
 from rlhf_jax.data.rows import pairs
 from rlhf_jax.errors import InputError
@@ -31,6 +32,7 @@ SPLIT_SEED = flags.DEFINE_integer("split_seed", 0, "Of that division.", lower_bo
 
 def main(stop):
     del stop
+    workdir = storage.local_path(WORKDIR.value)
     splits, left_out = {}, []
     for item in DATA.value:
         name, equals, path = item.partition("=")
@@ -45,7 +47,7 @@ def main(stop):
     )
     print("\n".join(report_data.summary(found)))
     title = ", ".join(pathlib.Path(item.partition("=")[2] or item).name for item in DATA.value)
-    print(report_data.write_data_report(WORKDIR.value, title, found))
+    print(report_data.write_data_report(workdir, title, found))
 
 
 def read(path):

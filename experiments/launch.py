@@ -18,7 +18,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rlhf_jax.checkpoints import local_path
+from rlhf_jax import storage
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluation import report
 from rlhf_jax.parallel import hosts
@@ -29,8 +29,8 @@ CONFIGS = pathlib.Path(__file__).parent / "configs"
 INTERRUPTED_STATUS = "RLHF_JAX_INTERRUPTED_STATUS"
 
 
-# Flags that name a directory to write.
-_WRITTEN = ("workdir", "to", "output")
+# Flags that name a directory of this machine to write.
+_WRITTEN = ("to", "output")
 
 
 def define_config(name: str) -> flags.FlagHolder:
@@ -57,7 +57,8 @@ def define_workdir() -> flags.FlagHolder:
     return flags.DEFINE_string(
         "workdir",
         None,
-        "Directory of this run: config.json, metrics.jsonl, tensorboard/, checkpoints/ and, when done, handoff/. "
+        "Directory of this run, or of a stage also gs://bucket/folder: config.json, metrics.jsonl, tensorboard/, "
+        "checkpoints/ and, when done, handoff/. "
         "Run the same command again to resume; a finished run is left as it is; a directory of another config is "
         "refused.",
         required=True,
@@ -151,7 +152,7 @@ def launch(main: Callable[[StopRequest], None], config: type | None = None) -> N
             interrupted_status = _interrupted_status()
             for name in _WRITTEN:
                 if name in flags.FLAGS:
-                    local_path(flags.FLAGS[name].value)
+                    storage.local_path(flags.FLAGS[name].value)
             if distributed:
                 hosts.join()
             with stop_on_signals() as stop:
@@ -207,7 +208,7 @@ def enable_compilation_cache() -> None:
 def print_report(workdir: str) -> None:
     """Writes a run's report and prints where it lies; of several processes the first one does."""
     if hosts.is_main():
-        print(report.write_report(pathlib.Path(workdir)))
+        print(report.write_report(workdir))
 
 
 def _of_a_lost_process(error: Exception) -> str | None:

@@ -11,7 +11,6 @@ resumes; a finished method is left alone. Fields: --config.<method>.*, and --con
 from __future__ import annotations
 
 import json
-import pathlib
 import shutil
 import sys
 import time
@@ -19,7 +18,7 @@ import time
 from absl import flags
 
 from experiments import launch, table
-from rlhf_jax import checkpoints
+from rlhf_jax import checkpoints, storage
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluation import report
 from rlhf_jax.parallel import mesh as meshes
@@ -49,8 +48,8 @@ def main(stop):
     unknown = sorted(set(NAMES.value) - set(METHODS))
     if unknown:
         raise InputError(f"--methods has {unknown[0]!r}; the methods are {', '.join(METHODS)}")
-    config, workdir = CONFIG.value.to_dict(), pathlib.Path(WORKDIR.value)
-    start = pathlib.Path(QUICKSTART.value)
+    config, workdir = CONFIG.value.to_dict(), storage.local_path(WORKDIR.value)
+    start = storage.local_path(QUICKSTART.value)
     shared = {"seed": config["seed"], "data": config["data"]}
     where = {"init_from": str(start / "sft"), "reward_from": str(start / "reward_model")}
     for name in NAMES.value:

@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from experiments import launch
-from rlhf_jax import checkpoints
+from rlhf_jax import checkpoints, storage
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluation import best_of_n as estimators
 from rlhf_jax.evaluation import overoptimization_page as page
@@ -68,8 +68,8 @@ FULL = "pairs_49k"
 
 
 def main(stop):
-    config, workdir = CONFIG.value.to_dict(), pathlib.Path(WORKDIR.value)
-    start = pathlib.Path(QUICKSTART.value)
+    config, workdir = CONFIG.value.to_dict(), storage.local_path(WORKDIR.value)
+    start = storage.local_path(QUICKSTART.value)
     missing = [
         name
         for name in ("sft", "reward_model", "ppo", "ppo_no_leash")

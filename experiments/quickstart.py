@@ -18,12 +18,12 @@ experiments.sft, reward_model, ppo, dpo and evaluate lists them.
 
 from __future__ import annotations
 
-import pathlib
 import time
 
 from absl import flags
 
 from experiments import ladder, launch, table
+from rlhf_jax import storage
 from rlhf_jax.evaluation import plots, report
 from rlhf_jax.parallel import mesh as meshes
 
@@ -40,7 +40,7 @@ MESH = launch.define_mesh()
 
 
 def main(stop):
-    started, workdir = time.monotonic(), pathlib.Path(WORKDIR.value)
+    started, workdir = time.monotonic(), storage.local_path(WORKDIR.value)
     explicit = bool(flags.FLAGS["stages"].present)
 
     def run(stages):

@@ -17,6 +17,7 @@ import pathlib
 import numpy as np
 
 from experiments import launch
+from rlhf_jax import storage
 from rlhf_jax.data.prompts_of_stories import beginnings
 from rlhf_jax.evaluation import plots_overoptimization as drawing
 from rlhf_jax.evaluation import plots_style as style
@@ -37,7 +38,7 @@ MESH = launch.define_mesh()
 
 
 def main(stop):
-    config, workdir = CONFIG.value.to_dict(), pathlib.Path(WORKDIR.value)
+    config, workdir = CONFIG.value.to_dict(), storage.local_path(WORKDIR.value)
     prompts = workdir / "prompts.jsonl"
     if not prompts.exists():
         workdir.mkdir(parents=True, exist_ok=True)

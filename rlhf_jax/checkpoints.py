@@ -1,9 +1,10 @@
-"""Orbax checkpoints: exact resume within a stage, and the hand-off from one stage to the next. Imports errors, hosts.
+"""Orbax checkpoints: exact resume within a stage, and the hand-off from one stage to the next.
 
-A run directory holds ``checkpoints/<step>/`` (one bundle of everything the next step depends on: train state, data
-iterator, host counters) and, once the stage is done, ``handoff/`` (params, tokenizer, and a ``handoff.json`` that
-says what they are). Both are written asynchronously or aside and appear whole or not at all; SHA-256 digests of every
-file let a damaged checkpoint be named and skipped.
+Imports errors, storage, hosts. A run directory (here, or in a bucket: see ``storage``) holds ``checkpoints/<step>/``,
+one bundle of everything the next step depends on (train state, data iterator, host counters), and, once the stage is
+done, ``handoff/``: params, tokenizer, and a ``handoff.json`` that says what they are. Both appear whole or not at all:
+on disks by a rename, in a bucket by the object that is written last. Digests of every file let a damaged checkpoint be
+named and skipped: SHA-256; of a checkpoint in a bucket the CRC-32C that the bucket keeps, which costs no reading.
 """
 
 from __future__ import annotations
@@ -15,9 +16,6 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
-import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
 from typing import Any
@@ -27,22 +25,10 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
+from rlhf_jax import storage
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import hosts
-
-
-def local_path(path: str | os.PathLike) -> pathlib.Path:
-    """``path`` as a path of this machine's file system, a mounted bucket or network directory among them.
-
-    Raises:
-      InputError: it is a URL, which pathlib would take for a directory named "gs:".
-    """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)):
-        raise InputError(
-            f"{path} is a URL, and runs live in directories; mount what it names on every host (a Cloud Storage bucket "
-            "with gcsfuse), and give the path there"
-        )
-    return pathlib.Path(path)
+from rlhf_jax.storage import Path
 
 
 class Checkpoints:
@@ -54,9 +40,11 @@ class Checkpoints:
       InputError: if the directory cannot be made or written.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, keep: int = 2, keep_every: int = 0):
+    def __init__(self, workdir: str | os.PathLike, *, keep: int = 2, keep_every: int = 0):
         """``keep_every``: checkpoints of steps that it divides are kept for good; 0: none."""
-        self.directory = local_path(workdir).absolute() / "checkpoints"
+        self.directory = storage.absolute(storage.at(workdir)) / "checkpoints"
+        # After a step's number: the digests of its files.
+        self._digests = ".crc32c.json" if storage.in_bucket(self.directory) else ".sha256.json"
         hosts.decided_by_main(self._prepare)
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -180,7 +168,7 @@ class Checkpoints:
 
     def _prepare(self) -> None:
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            storage.make_directory(self.directory)
         except OSError as error:
             raise InputError(
                 f"cannot write to workdir {self.directory.parent}: {error.strerror}; give a writable one"
@@ -190,15 +178,15 @@ class Checkpoints:
         def rename() -> None:
             for step in steps:
                 aside = self.directory / f"damaged.{step}"
-                shutil.rmtree(aside, ignore_errors=True)
+                storage.remove(aside)
                 (self.directory / str(step)).rename(aside)
                 self._digest_path(step).unlink(missing_ok=True)
 
         hosts.decided_by_main(rename)
         self._manager.reload()
 
-    def _digest_path(self, step: int) -> pathlib.Path:
-        return self.directory / f"{step}{_DIGESTS}"
+    def _digest_path(self, step: int) -> Path:
+        return self.directory / f"{step}{self._digests}"
 
     def _finish(self) -> None:
         """Once a save has landed, its digests go beside it, and digests of deleted checkpoints go away.
@@ -212,17 +200,17 @@ class Checkpoints:
             steps = set(self._manager.all_steps())
             for whole in steps:
                 if not self._digest_path(whole).exists():
-                    _write_json(self._digest_path(whole), _digests(self.directory / str(whole)))
-            for path in self.directory.glob(f"*{_DIGESTS}"):
-                if path.name.removesuffix(_DIGESTS) not in map(str, steps):
+                    _write_json(self._digest_path(whole), _standing_digests(self.directory / str(whole)))
+            for path in self.directory.glob(f"*{self._digests}"):
+                if path.name.removesuffix(self._digests) not in map(str, steps):
                     path.unlink()
 
     @contextlib.contextmanager
     def _said_in_a_sentence(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:
-            problem = _storage_problem(error)
+        except Exception as error:
+            problem = storage.problem(error)
             if problem is None:
                 raise
             whole = [str(path.name) for path in self.directory.glob("*") if path.name.isdecimal()]
@@ -233,19 +221,7 @@ class Checkpoints:
             ) from error
 
 
-# After a step's number: the SHA-256 of each of its files.
-_DIGESTS = ".sha256.json"
-
-
-def _storage_problem(error: Exception) -> str | None:
-    """What a disk said, or None where it is not a disk's doing; TensorStore's ValueError has it in its text."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    found = re.search(r"([^:]+) \[os_error_code='\d+'", str(error))
-    return found and found.group(1).strip()
-
-
-def find_damage(directory: pathlib.Path, digest_path: pathlib.Path) -> str | None:
+def find_damage(directory: Path, digest_path: Path) -> str | None:
     """What is wrong with the files of ``directory``, or None; without digests (killed too early) nothing is known."""
     if not digest_path.exists():
         return None
@@ -253,14 +229,19 @@ def find_damage(directory: pathlib.Path, digest_path: pathlib.Path) -> str | Non
         digests = json.loads(digest_path.read_text())
     except ValueError:
         return f"{digest_path.name} is not JSON"
+    files = storage.files(directory)
     for name, digest in digests.items():
-        file = directory / name
-        if not file.exists():
+        if name not in files:
             return f"{name} is missing"
-        if _sha256(file) != digest:
-            return f"{name} does not match its SHA-256"
-    foreign = _files(directory) - set(digests) - _BESIDE
+        of_bucket = digest.startswith(_OF_BUCKET)
+        if (f"{_OF_BUCKET}{files[name]}" if of_bucket else _sha256(directory / name)) != digest:
+            return f"{name} does not match its {'CRC-32C' if of_bucket else 'SHA-256'}"
+    foreign = set(files) - set(digests) - _BESIDE
     return f"{min(foreign)} does not belong there" if foreign else None
+
+
+# Before a digest that a bucket keeps of an object; the others are SHA-256, in hex.
+_OF_BUCKET = "crc32c:"
 
 
 # What a hand-off holds beside the files that its digests are of.
@@ -285,18 +266,18 @@ class Handoff:
     code_version: str
 
 
-def handoff_path(workdir: pathlib.Path) -> pathlib.Path:
+def handoff_path(workdir: str | os.PathLike) -> Path:
     """Where a finished run keeps its hand-off."""
-    return local_path(workdir).absolute() / "handoff"
+    return storage.absolute(storage.at(workdir)) / "handoff"
 
 
-def handoff_identity(workdir: str | pathlib.Path) -> str | None:
+def handoff_identity(workdir: str | os.PathLike) -> str | None:
     """SHA-256 of what a finished run left, or None where there is no hand-off: a run made from it records this."""
-    digests = handoff_path(pathlib.Path(workdir)) / "digests.json"
+    digests = handoff_path(workdir) / "digests.json"
     return _sha256(digests) if digests.exists() else None
 
 
-def is_finished(workdir: pathlib.Path) -> bool:
+def is_finished(workdir: str | os.PathLike) -> bool:
     """Whether a run has left its hand-off (which appears whole or not at all)."""
     return (handoff_path(workdir) / "handoff.json").exists()
 
@@ -305,36 +286,42 @@ def is_finished(workdir: pathlib.Path) -> bool:
 ADAPTER = "adapter"
 
 
-def has_adapter(handoff: pathlib.Path) -> bool:
+def has_adapter(handoff: Path) -> bool:
     """Whether the run of this hand-off trained an adapter."""
     return (handoff / ADAPTER).exists()
 
 
 def save_handoff(
-    workdir: pathlib.Path,
+    workdir: str | os.PathLike,
     handoff: Handoff,
     params: Any,
-    save_tokenizer: Callable[[pathlib.Path], None],
+    save_tokenizer: Callable[[Path], None],
     *,
     adapter: Any = None,
-) -> pathlib.Path:
+) -> Path:
     """Writes ``workdir/handoff`` aside and renames it into place; returns its path.
+
+    In a bucket it is written in place, ``handoff.json`` last: without it there is none.
 
     Raises:
       InputError: the disk does not take it.
     """
     target = handoff_path(workdir)
-    aside = target.with_name("handoff.partial")
+    aside = target if storage.in_bucket(target) else target.with_name("handoff.partial")
 
     def begin() -> None:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        # Of a bucket what says that the rest is whole goes first.
+        (aside / "handoff.json").unlink(missing_ok=True)
+        storage.remove(aside)
+        storage.make_directory(aside)
 
     def finish() -> None:
-        save_tokenizer(aside / "tokenizer")
+        with storage.writable(aside / "tokenizer") as directory:
+            save_tokenizer(directory)
         _write_json(aside / "digests.json", _digests(aside))
         _write_json(aside / "handoff.json", dataclasses.asdict(handoff))
-        os.rename(aside, target)
+        if aside != target:
+            os.rename(aside, target)
 
     try:
         hosts.decided_by_main(begin)
@@ -344,8 +331,8 @@ def save_handoff(
                 checkpointer.save(aside / ADAPTER, adapter)
             checkpointer.wait_until_finished()
         hosts.decided_by_main(finish)
-    except (OSError, ValueError) as error:
-        problem = _storage_problem(error)
+    except Exception as error:
+        problem = storage.problem(error)
         if problem is None:
             raise
         raise InputError(
@@ -355,13 +342,13 @@ def save_handoff(
     return target
 
 
-def load_handoff(workdir: str | pathlib.Path) -> tuple[Handoff, pathlib.Path]:
+def load_handoff(workdir: str | os.PathLike) -> tuple[Handoff, Path]:
     """Reads what a finished run left: its description and the hand-off's path.
 
     Raises:
       InputError: no such run, not finished, or a damaged file.
     """
-    path = handoff_path(pathlib.Path(workdir))
+    path = handoff_path(workdir)
     if not path.parent.exists():
         raise InputError(f"there is no run at {workdir}; give the --workdir of a finished stage")
     if not (path / "handoff.json").exists():
@@ -381,7 +368,7 @@ def load_handoff(workdir: str | pathlib.Path) -> tuple[Handoff, pathlib.Path]:
 
 
 def restore_params(
-    path: pathlib.Path,
+    path: Path,
     sharding: jax.sharding.Sharding | Callable[[Any], Any] | None = None,
     *,
     name: str = "params",
@@ -403,20 +390,21 @@ def restore_params(
         return checkpointer.restore(path / name, abstract)
 
 
-def _digests(directory: pathlib.Path) -> dict[str, str]:
-    return {name: _sha256(directory / name) for name in sorted(_files(directory))}
+def _digests(directory: Path) -> dict[str, str]:
+    return {name: _sha256(directory / name) for name in sorted(storage.files(directory))}
 
 
-def _files(directory: pathlib.Path) -> set[str]:
-    return {str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()}
+def _standing_digests(directory: Path) -> dict[str, str]:
+    """Digests of files that stay where they are: those that a bucket keeps, which takes one listing and no reading."""
+    if not storage.in_bucket(directory):
+        return _digests(directory)
+    return {name: f"{_OF_BUCKET}{kept}" for name, kept in sorted(storage.files(directory).items())}
 
 
-def _sha256(file: pathlib.Path) -> str:
+def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1))
-    os.replace(partial, path)
+def _write_json(path: Path, value: Any) -> None:
+    storage.replace(path, json.dumps(value, indent=1))

@@ -1,4 +1,4 @@
-"""Typed metrics that merge exactly, and the files they are written to. Imports masking, errors.
+"""Typed metrics that merge exactly, and the files they are written to. Imports masking, errors, storage.
 
 A metric is a ``WeightedSum`` (reported as total / weight), a ``Maximum`` or a ``Total``. Metrics of
 micro-batches, devices and steps merge by adding totals and weights, never by averaging averages, so a reported
@@ -10,16 +10,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import storage
 from rlhf_jax.errors import InputError
 from rlhf_jax.masking import WeightedSum
+from rlhf_jax.storage import Path
 
 
 @jax.tree_util.register_dataclass
@@ -114,25 +117,30 @@ class MetricsWriter:
     """Appends rows ``{"step": int, name: float, ...}`` to ``metrics.jsonl`` and to TensorBoard events.
 
     Opened at ``start_step``: rows of later steps, written by a run that was killed after its last checkpoint, are
-    dropped first, so that the file of a resumed run equals that of an undisturbed one.
+    dropped first, so that the file of a resumed run equals that of an undisturbed one. On a disk a row is there once it
+    is written. Nothing can be appended to an object of a bucket: there the files grow in a temporary directory of this
+    machine, and are uploaded whole by ``flush`` (for whoever saves what goes on from these rows), once a minute, and at
+    the end.
 
     Raises:
-      InputError: here and in every method, where the disk does not take what is written.
+      InputError: here and in every method, where the disk or bucket does not take what is written.
     """
 
-    def __init__(self, directory: pathlib.Path, *, start_step: int):
+    def __init__(self, directory: Path, *, start_step: int):
         # Imported here: TensorBoard's writer pulls in protobuf, which readers of metrics do not need.
         from tensorboardX import SummaryWriter
 
-        self._path = directory / "metrics.jsonl"
+        self._path, self._cleanup, self._sent_at = directory / "metrics.jsonl", None, time.monotonic()
         with written(self._path):
-            directory.mkdir(parents=True, exist_ok=True)
+            storage.make_directory(directory)
             kept = [row for row in read_metrics(self._path) if row["step"] <= start_step]
-            replacement = self._path.with_suffix(".tmp")
-            replacement.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(replacement, self._path)
-            self._file = self._path.open("a")
-            self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
+            self._local = directory
+            if storage.in_bucket(directory):
+                self._cleanup = tempfile.TemporaryDirectory(prefix="rlhf_jax_metrics")
+                self._local = pathlib.Path(self._cleanup.name)
+            storage.replace(self._local / self._path.name, "".join(json.dumps(row) + "\n" for row in kept))
+            self._file = (self._local / self._path.name).open("a")
+            self._events = SummaryWriter(str(self._local / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one row; ``values`` are finite or not, JSON spells NaN and Infinity as Python does."""
@@ -141,6 +149,17 @@ class MetricsWriter:
             self._file.flush()
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
+        if time.monotonic() - self._sent_at > _SECONDS_UNSENT:
+            self.flush()
+
+    def flush(self) -> None:
+        """Uploads what a bucket does not have yet; on a disk every row is there already."""
+        if self._cleanup is None:
+            return
+        with written(self._path):
+            self._events.flush()
+            storage.upload(self._local, self._path.parent)
+        self._sent_at = time.monotonic()
 
     def close(self) -> None:
         with written(self._path):
@@ -148,25 +167,35 @@ class MetricsWriter:
                 self._file.close()  # which tries once more to write what the disk has refused
             finally:
                 self._events.close()
+        if self._cleanup is not None:
+            self.flush()
+            self._cleanup.cleanup()
+
+
+# Whoever watches a run in a bucket sees rows that are at most this old, and those of every checkpoint.
+_SECONDS_UNSENT = 60.0
 
 
 @contextlib.contextmanager
-def written(path: pathlib.Path) -> Iterator[None]:
-    """Within the block ``path`` is written; what the disk says to that is said in a sentence.
+def written(path: Path) -> Iterator[None]:
+    """Within the block ``path`` is written; what the disk or bucket says to that is said in a sentence.
 
     Raises:
       InputError: the disk is full, or does not take it for another reason.
     """
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        problem = storage.problem(error)
+        if problem is None:
+            raise
         raise InputError(
-            f"cannot write {path}: {error.strerror or error}; what is saved is whole: make room or mend the disk, then "
+            f"cannot write {path}: {problem}; what is saved is whole: make room or mend the disk, then "
             "run the same command again"
         ) from error
 
 
-def read_metrics(path: pathlib.Path) -> Iterator[dict]:
+def read_metrics(path: Path) -> Iterator[dict]:
     """Yields the rows of a ``metrics.jsonl``; none if it does not exist. A torn last line ends the stream."""
     if not path.exists():
         return

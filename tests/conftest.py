@@ -1,7 +1,9 @@
 """Every test sees eight CPU devices, strict rank promotion, and warnings as errors (pyproject.toml)."""
 
+import importlib.util
 import os
 import pathlib
+import zlib
 
 _EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 if _EIGHT_DEVICES not in os.environ.get("XLA_FLAGS", ""):
@@ -27,3 +29,19 @@ def shared_data() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"real inputs missing: {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def _buckets():
+    if importlib.util.find_spec("gcsfs") is None:  # not imported: it reads the environment once
+        pytest.skip("buckets need the extra gcs, which the extra test brings")
+    from tests import fake_bucket
+
+    with fake_bucket.served() as empty:
+        yield empty
+
+
+@pytest.fixture
+def bucket(_buckets, request):
+    """An empty bucket on a server of this machine, of a name of its own: clients keep what they have read of others."""
+    return _buckets(f"bucket{zlib.crc32(request.node.nodeid.encode()):x}")

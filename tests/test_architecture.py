@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Lowest first; a room imports only from floors below its own, and from itself.
 FLOORS = (
     {"errors", "types", "masking"},
+    {"storage"},
     {"losses", "models", "metrics"},
     {"sampling", "rewards", "data", "parallel"},
     {"training", "checkpoints"},

@@ -240,7 +240,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
         Checkpoints(tmp_path / "file")
 
 
-@pytest.mark.parametrize("path", ["gs://bucket/run", pathlib.Path("gs://bucket/run"), "file:///tmp/run"])
+@pytest.mark.parametrize("path", ["s3://bucket/run", pathlib.Path("gs://bucket/run"), "file:///tmp/run"])
 def test_a_url_is_refused_and_no_directory_is_named_after_it(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for touch in (

@@ -6,20 +6,21 @@ One self-contained file: drawings inline, no script, nothing fetched. The same f
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Sequence
 
+from rlhf_jax import storage
 from rlhf_jax.evaluation import plots_style
 from rlhf_jax.evaluation import report_html as page
 from rlhf_jax.evaluation import report_parts as parts
 from rlhf_jax.evaluation.report_files import Run, is_run, read_ladder, read_run
 from rlhf_jax.evaluation.report_html import text
 from rlhf_jax.evaluation.report_ladder import ladder_page
+from rlhf_jax.storage import Path
 
 REPORT = "report.html"
 
 
-def write_report(workdir: str | os.PathLike) -> pathlib.Path:
+def write_report(workdir: str | os.PathLike) -> Path:
     """Writes ``workdir/report.html`` over any older one, and returns its path.
 
     Args:
@@ -28,12 +29,10 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
     Raises:
       InputError: a file that the report cannot do without is missing or damaged; says which.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = storage.at(workdir)
     html = run_page(read_run(workdir)) if is_run(workdir) else ladder_page(read_ladder(workdir))
     path = workdir / REPORT
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(html, encoding="utf-8")
-    os.replace(unfinished, path)
+    storage.replace(path, html)
     return path
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf_jax import storage
 from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import read_metrics
+from rlhf_jax.storage import Path
 
 # The order in which a ladder is climbed; runs of other names come last, by name.
 LADDER = ("sft", "reward_model", "ppo", "ppo_no_leash", "dpo")
@@ -72,7 +73,7 @@ class Point:
     gold: float | None
 
 
-def is_run(directory: pathlib.Path) -> bool:
+def is_run(directory: Path) -> bool:
     """Whether a directory's ``config.json`` is that of a run, and not, say, of an exported model."""
     path = directory / "config.json"
     if not path.is_file():
@@ -84,7 +85,7 @@ def is_run(directory: pathlib.Path) -> bool:
     return isinstance(description, dict) and "stage" in description
 
 
-def read_run(directory: pathlib.Path) -> Run:
+def read_run(directory: Path) -> Run:
     """A run from its directory.
 
     Raises:
@@ -96,7 +97,7 @@ def read_run(directory: pathlib.Path) -> Run:
     handoff = directory / "handoff" / "handoff.json"
     evaluates = stage == EVALUATION
     return Run(
-        name=directory.resolve().name,
+        name=_name_of(directory),
         stage=stage,
         config=description.get("config", {}),
         inputs=description.get("inputs", {}),
@@ -109,7 +110,7 @@ def read_run(directory: pathlib.Path) -> Run:
     )
 
 
-def read_ladder(directory: pathlib.Path) -> Ladder:
+def read_ladder(directory: Path) -> Ladder:
     """A ladder from its directory: ``summary.json``, and one run directory a stage.
 
     Raises:
@@ -124,7 +125,7 @@ def read_ladder(directory: pathlib.Path) -> Ladder:
     if not runs:
         raise InputError(f"{directory} holds no run (a directory with config.json); run the ladder first")
     return Ladder(
-        name=directory.resolve().name,
+        name=_name_of(directory),
         runs={name: run for name, run in runs.items() if run.stage != EVALUATION},
         evaluation=next((run for run in runs.values() if run.stage == EVALUATION), None),
         reward_model=summary.get("reward_model", {}),
@@ -157,7 +158,11 @@ def _place_in_ladder(name: str) -> tuple[int, str]:
     return (LADDER.index(name) if name in LADDER else len(LADDER), name)
 
 
-def _read_rows(path: pathlib.Path) -> tuple[Mapping[str, float], ...]:
+def _name_of(directory: Path) -> str:
+    return directory.name if storage.in_bucket(directory) else directory.resolve().name
+
+
+def _read_rows(path: Path) -> tuple[Mapping[str, float], ...]:
     if not path.is_file():
         raise InputError(f"{path} is missing; give the directory of a run that has taken a step")
     try:
@@ -169,7 +174,7 @@ def _read_rows(path: pathlib.Path) -> tuple[Mapping[str, float], ...]:
     return rows
 
 
-def _read_object(path: pathlib.Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
@@ -183,5 +188,5 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def _read_if_there(path: pathlib.Path) -> dict[str, Any]:
+def _read_if_there(path: Path) -> dict[str, Any]:
     return _read_object(path) if path.exists() else {}

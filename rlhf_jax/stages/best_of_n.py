@@ -7,12 +7,14 @@ same responses, so that proxies differ in nothing but their choice.
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 
+from rlhf_jax import storage
 from rlhf_jax.data import batches, world
 from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.evaluation import policies
@@ -83,7 +85,7 @@ def run(
     run_ = open_run(workdir, "best_of_n", config, inputs=where, parallelism="jit", mesh=mesh, stop=stop)
     path = run_.workdir / SCORES
     if path.exists():
-        with np.load(path, allow_pickle=False) as found:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
             return dict(found)
     meshes.check_rows(run_.mesh, config.batch_size, "config.batch_size")
     model = load_model(policy_from, run_)
@@ -120,9 +122,9 @@ def run(
     shape = (config.responses_per_prompt, len(asked))
     scores = {name: np.concatenate(parts, axis=-1) for name, parts in found.items()}
     scores = {name: np.swapaxes(x.reshape(*x.shape[:-1], *shape), -1, -2) for name, x in scores.items()}
-    partial = path.with_name("partial.npz")
-    np.savez(partial, **scores)
-    os.replace(partial, path)
+    content = io.BytesIO()
+    np.savez(content, **scores)
+    storage.replace(path, content.getvalue())
     return scores
 
 

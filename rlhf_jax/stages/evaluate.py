@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
+from rlhf_jax import storage
 from rlhf_jax.errors import check_range
 from rlhf_jax.evaluation import policies
 from rlhf_jax.parallel import mesh as meshes
@@ -118,6 +119,6 @@ def run(
     shown = {
         name: [dataclasses.asdict(s) for s in samples[: config.num_shown]] for name, samples in found.items()
     }
-    (run_.workdir / SAMPLES).write_text(json.dumps(shown, indent=1))
-    (run_.workdir / SUMMARY).write_text(json.dumps(summary, indent=1))
+    storage.replace(run_.workdir / SAMPLES, json.dumps(shown, indent=1))
+    storage.replace(run_.workdir / SUMMARY, json.dumps(summary, indent=1))
     return summary

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import storage
 from rlhf_jax.data import batches, readers, world
 from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.evaluation import calibration
@@ -264,7 +265,7 @@ def _compare(rows, chosen, rejected, run_: Run) -> dict[str, float]:
     if hosts.is_main():
         path = run_.workdir / "margins.json"
         with written(path):
-            path.write_text(
-                json.dumps({"margins": [round(float(m), 4) for m in margins], "reliability": curve})
+            storage.replace(
+                path, json.dumps({"margins": [round(float(m), 4) for m in margins], "reliability": curve})
             )
     return facts

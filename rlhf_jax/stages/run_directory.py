@@ -7,7 +7,6 @@ import enum
 import functools
 import json
 import os
-import pathlib
 import sys
 import time
 import zlib
@@ -18,7 +17,7 @@ import jax
 import tqdm
 from absl import logging
 
-from rlhf_jax import __version__, checkpoints
+from rlhf_jax import __version__, checkpoints, storage
 from rlhf_jax.data import pipeline
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.data.batches import EncodeReport
@@ -30,6 +29,7 @@ from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import adapters
 from rlhf_jax.stages.config import differences
+from rlhf_jax.storage import Path
 from rlhf_jax.training.interrupt import StopRequest
 
 
@@ -54,7 +54,7 @@ class Run:
     SIGTERM.
     """
 
-    workdir: pathlib.Path
+    workdir: Path
     stage: str
     mesh: jax.sharding.Mesh
     parallelism: meshes.Parallelism
@@ -113,12 +113,12 @@ def open_run(
     ``mesh``: None puts all devices on the data axis. It is no part of what the run is: another may go on with it.
 
     Raises:
-      InputError: the directory or an input is a URL; it cannot be written, or belongs to a run with another config or
-        other inputs; or the mesh splits parameters, which ``pmap`` does not.
+      InputError: the directory or an input is a URL of no bucket; it cannot be written, or belongs to a run with
+        another config or other inputs; or the mesh splits parameters, which ``pmap`` does not.
     """
     mesh = meshes.data_mesh() if mesh is None else mesh
     meshes.check_parallelism(mesh, parallelism)
-    workdir = checkpoints.local_path(workdir)
+    workdir = storage.at(workdir)
     description = {
         "stage": stage,
         "config": dataclasses.asdict(config),
@@ -129,11 +129,11 @@ def open_run(
     return Run(workdir=workdir, stage=stage, mesh=mesh, parallelism=parallelism, stop=stop)
 
 
-def _enter(workdir: pathlib.Path, description: dict[str, Any]) -> None:
+def _enter(workdir: Path, description: dict[str, Any]) -> None:
     """Makes the directory and says in it what the run is, or checks that it is this one."""
     path = workdir / "config.json"
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        storage.make_directory(workdir)
         found = differences(_description(path), description) if path.exists() else []
         # A run that was refused before it trained has nothing to lose: its config may be mended in place.
         if found and any((workdir / name).exists() for name in _RESULTS):
@@ -141,23 +141,27 @@ def _enter(workdir: pathlib.Path, description: dict[str, Any]) -> None:
                 f"workdir {workdir} belongs to a run with another config ({'; '.join(found)}); "
                 "give another --workdir, or the config it was started with"
             )
-        partial = path.with_name("config.json.partial")
-        partial.write_text(json.dumps(description, indent=1))
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(
-            f"cannot write to workdir {workdir}: {error.strerror}; give a writable one"
-        ) from error
+        storage.replace(path, json.dumps(description, indent=1))
+    except Exception as error:
+        problem = storage.problem(error)
+        if problem is None:
+            raise
+        raise InputError(f"cannot write to workdir {workdir}: {problem}; give a writable one") from error
 
 
 def _identity(path: str) -> dict[str, str | None]:
     """Where an input lies and what it was: an input that was made anew is another input. A hub name stays one."""
-    local = checkpoints.local_path(path)
-    where = str(local.absolute()) if local.exists() else path
-    return {"path": where, "handoff": checkpoints.handoff_identity(path) or tensor_files.fingerprint(path)}
+    place = storage.at(path)
+    where = str(storage.absolute(place)) if place.exists() else path
+    return {"path": where, "handoff": checkpoints.handoff_identity(path) or _weights(place)}
 
 
-def changed_inputs(workdir: pathlib.Path) -> list[str]:
+def _weights(place: Path) -> str | None:
+    """What identifies a Hugging Face directory, which lies on this machine."""
+    return None if storage.in_bucket(place) else tensor_files.fingerprint(place)
+
+
+def changed_inputs(workdir: Path) -> list[str]:
     """Names of the inputs of a run whose hand-offs are no longer those it was made from."""
     inputs = _description(workdir / "config.json")["inputs"]
     return [name for name, was in inputs.items() if _identity(was["path"])["handoff"] != was["handoff"]]
@@ -167,7 +171,7 @@ def changed_inputs(workdir: pathlib.Path) -> list[str]:
 _RESULTS = ("checkpoints", "handoff", "summary.json", "scores.npz")
 
 
-def _description(path: pathlib.Path) -> dict[str, Any]:
+def _description(path: Path) -> dict[str, Any]:
     """What ``config.json`` of a run's directory says.
 
     Raises:
@@ -192,9 +196,14 @@ def load_model(path: str, run: Run) -> Model:
     Raises:
       InputError: neither kind, unfinished, damaged, or of an architecture that is not supported.
     """
-    directory = checkpoints.local_path(path)
+    directory = storage.at(path)
     if _is_run(directory):
-        return load_handoff_model(directory, run.mesh)
+        return load_handoff_model(path, run.mesh)
+    if storage.in_bucket(directory):
+        raise InputError(
+            f"there is no run at {path}, and Hugging Face directories are read from disks; give the --workdir of a "
+            "finished run, or copy the model here (gcloud storage cp -r)"
+        )
     if not directory.is_dir():
         try:
             directory = huggingface.local_directory(path)
@@ -224,11 +233,12 @@ def load_handoff_model(path: str | os.PathLike, mesh: jax.sharding.Mesh | None =
     Raises:
       InputError: no run, unfinished, or damaged.
     """
-    directory = checkpoints.local_path(path)
+    directory = storage.at(path)
     if not _is_run(directory):
         raise InputError(f"{directory} is not the directory of a run; give the --workdir of a finished one")
     handoff, location = checkpoints.load_handoff(directory)
-    tokenizer = tokenizers.load_tokenizer(location / "tokenizer")
+    with storage.readable(location / "tokenizer") as tokenizer_directory:
+        tokenizer = tokenizers.load_tokenizer(tokenizer_directory)
     if tokenizers.fingerprint(tokenizer) != handoff.tokenizer_fingerprint:
         raise InputError(
             f"{location}/tokenizer is not the tokenizer that {location}/handoff.json names; restore it"
@@ -256,7 +266,7 @@ def load_beside(path: str, run: Run, base: Model, options: adapters.LoraOptions)
     Raises:
       InputError: see ``load_model``; or an adapter on another base, or of another size or place.
     """
-    if not options.rank or not _is_run(pathlib.Path(path)):
+    if not options.rank or not _is_run(storage.at(path)):
         return load_model(path, run)
     handoff, location = checkpoints.load_handoff(path)
     if not checkpoints.has_adapter(location):
@@ -284,7 +294,7 @@ def load_beside(path: str, run: Run, base: Model, options: adapters.LoraOptions)
     )
 
 
-def _is_run(directory: pathlib.Path) -> bool:
+def _is_run(directory: Path) -> bool:
     """Whether a directory was written by a run, finished or not."""
     if any((directory / name).exists() for name in _RESULTS):
         return True
@@ -384,7 +394,7 @@ def write_data_report(run: Run, unreadable: Sequence[tuple[str, str]], **encoded
     value = {name: dataclasses.asdict(report) for name, report in encoded.items()}
     path = run.workdir / "data.json"
     with written(path):
-        path.write_text(json.dumps({"unreadable": list(unreadable), **value}, indent=1))
+        storage.replace(path, json.dumps({"unreadable": list(unreadable), **value}, indent=1))
 
 
 class Progress:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhf_jax import storage
 from rlhf_jax.data import batches
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.errors import InputError, check_range
@@ -139,7 +140,7 @@ def run(
             "step_beam": spent / len(prompts),
         },
     }
-    (run_.workdir / SUMMARY).write_text(json.dumps(summary, indent=1))
+    storage.replace(run_.workdir / SUMMARY, json.dumps(summary, indent=1))
     return summary
 
 

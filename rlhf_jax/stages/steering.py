@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhf_jax import storage
 from rlhf_jax.data import batches
 from rlhf_jax.errors import check_range
 from rlhf_jax.evaluation import policies
@@ -119,8 +120,8 @@ def run(
         }
         shown[name] = [{"prompt": s.prompt, "response": s.response, "sentiment": s.proxy} for s in samples]
         shown[name] = shown[name][: config.num_shown]
-    (run_.workdir / SAMPLES).write_text(json.dumps(shown, indent=1))
-    (run_.workdir / SUMMARY).write_text(json.dumps(summary, indent=1))
+    storage.replace(run_.workdir / SAMPLES, json.dumps(shown, indent=1))
+    storage.replace(run_.workdir / SUMMARY, json.dumps(summary, indent=1))
     return summary
 
 

@@ -8,7 +8,6 @@ is in the checkpoint, so a killed run, started again, ends in the same state wit
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from rlhf_jax.checkpoints import Checkpoints
 from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.metrics import Accumulator, Metrics, MetricsWriter
 from rlhf_jax.parallel import hosts
+from rlhf_jax.storage import Path
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 
 # After so many updates in a row without a finite gradient a run is lost; carrying on would only burn time.
@@ -56,7 +56,7 @@ def fit(
     step: Callable[[Any, Any], tuple[Any, Metrics]],
     batches: grain.DatasetIterator,
     schedule: Schedule,
-    workdir: pathlib.Path,
+    workdir: Path,
     progress: Callable[[int, Mapping[str, float]], None],
     stop: StopRequest,
     evaluate: Callable[[Any], Mapping[str, float]] | None = None,
@@ -100,6 +100,7 @@ def fit(
         if hosts.is_main():
             writer = MetricsWriter(workdir, start_step=done if restored is not None else -1)
         write = (lambda step, values: None) if writer is None else writer.write
+        flush = (lambda: None) if writer is None else writer.flush
         if restored is None and evaluate is not None:
             write(0, evaluate(state))
         saved, saved_at = done if restored is not None else None, clock()
@@ -128,10 +129,12 @@ def fit(
             # A state whose last update was not finite is not worth coming back to.
             sound = skipped_updates is None or not int(skipped_updates(state))
             if sound and (last or due or done % schedule.save_every == 0):
+                flush()  # a run that goes on from here keeps the rows up to here
                 checkpoints.save(done, state, batches, {"pending": pending.to_json(), "ended": ended})
                 saved, saved_at = done, clock()
         if asked is not None and done < schedule.num_steps and not ended:
             if saved != done:
+                flush()
                 checkpoints.save(done, state, batches, {"pending": pending.to_json(), "ended": False})
             checkpoints.wait()
             raise Interrupted(

@@ -15,11 +15,13 @@ class Config:
 
 
 @pytest.mark.parametrize(
-    ("workdir", "inputs"), [("gs://bucket/run", {}), ("run", {"init_from": "gs://bucket/sft"})]
+    ("workdir", "inputs"), [("s3://bucket/run", {}), ("run", {"init_from": "s3://bucket/sft"})]
 )
 def test_a_url_is_refused_before_anything_is_written(workdir, inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"gs://bucket/\w+ is a URL, and runs live in directories; mount"):
+    with pytest.raises(
+        InputError, match=r"s3://bucket/\w+ is a URL, and here a directory is needed .*; mount"
+    ):
         run_directory.open_run(
             workdir, "sft", Config(), inputs=inputs, parallelism="jit", mesh=None, stop=StopRequest()
         )
