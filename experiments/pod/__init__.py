@@ -1,1 +1,1 @@
-"""What a TPU pod is asked for with: a GKE JobSet, or a queued-resource script, each printed by a main of its own."""
+"""What a TPU pod is asked for with: a GKE JobSet, an XPK command or a queued-resource script, each by a main."""

@@ -17,11 +17,7 @@ from absl import flags
 
 from experiments.pod import request, slices
 
-IMAGE = flags.DEFINE_string("image", None, "Container image with rlhf_jax and its extra tpu.", required=True)
 NAMESPACE = flags.DEFINE_string("namespace", "default", "Kubernetes namespace.")
-GRACE = flags.DEFINE_integer(
-    "grace_seconds", 300, "Between SIGTERM and SIGKILL: what a save may take.", lower_bound=1
-)
 
 
 def manifest(
@@ -125,15 +121,15 @@ def _text(arguments: Sequence[str]) -> str:
     return manifest(
         name=request.NAME.value,
         where=where,
-        image=IMAGE.value,
+        image=request.IMAGE.value,
         bucket=request.BUCKET.value,
         command=request.command_of(arguments, where),
         namespace=NAMESPACE.value,
         restarts=request.RESTARTS.value,
         spot=request.SPOT.value,
-        grace_seconds=GRACE.value,
+        grace_seconds=request.GRACE.value,
     )
 
 
 if __name__ == "__main__":
-    request.run(_text)
+    request.run(_text, needs=(request.IMAGE, request.BUCKET), takes=(request.GRACE,))

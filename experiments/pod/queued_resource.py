@@ -14,12 +14,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from absl import flags
-
 from experiments.pod import request, slices
-
-ZONE = flags.DEFINE_string("zone", None, "Google Cloud zone.", required=True)
-PROJECT = flags.DEFINE_string("project", "", "Google Cloud project; empty: gcloud's own.")
 
 
 def script(
@@ -62,6 +57,8 @@ name={shlex.quote(name)}
 place=({place})
 restarts={restarts}
 command={shlex.quote(remote)}
+# Expanded by the shell of each machine, not by this one.
+# shellcheck disable=SC2016
 mount={shlex.quote(_mount(bucket))}
 
 state() {{
@@ -135,14 +132,14 @@ def _text(arguments: Sequence[str]) -> str:
     return script(
         name=request.NAME.value,
         where=where,
-        zone=ZONE.value,
+        zone=request.ZONE.value,
         bucket=request.BUCKET.value,
         command=request.command_of(arguments, where),
-        project=PROJECT.value,
+        project=request.PROJECT.value,
         restarts=request.RESTARTS.value,
         spot=request.SPOT.value,
     )
 
 
 if __name__ == "__main__":
-    request.run(_text)
+    request.run(_text, needs=(request.ZONE, request.BUCKET), takes=(request.PROJECT,))

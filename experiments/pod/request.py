@@ -21,15 +21,22 @@ UNFINISHED = ("RLHF_JAX_INTERRUPTED_STATUS", "75")
 
 BUCKET = flags.DEFINE_string(
     "bucket",
-    None,
-    "Cloud Storage bucket, mounted at /bucket on every machine; --workdir lies there.",
-    required=True,
+    "",
+    "Cloud Storage bucket, mounted at /bucket on every machine; --workdir lies there. XPK mounts none.",
 )
 # Where it is mounted: a run's directory has to stay when its machines go.
 MOUNT = "/bucket"
 RESTARTS = flags.DEFINE_integer(
     "restarts", 20, "How often a job that failed is started again; preemption is a failure.", lower_bound=0
 )
+# Of some of the mains; `run` refuses those that a main does not read.
+IMAGE = flags.DEFINE_string("image", "", "Container image with rlhf_jax and its extras tpu and gcs.")
+GRACE = flags.DEFINE_integer(
+    "grace_seconds", 300, "Between SIGTERM and SIGKILL: what a save may take.", lower_bound=1
+)
+ZONE = flags.DEFINE_string("zone", "", "Google Cloud zone.")
+PROJECT = flags.DEFINE_string("project", "", "Google Cloud project; empty: gcloud's own.")
+_OF_SOME = (BUCKET, IMAGE, GRACE, ZONE, PROJECT)
 
 
 def check_name(name: str) -> None:
@@ -48,8 +55,10 @@ def check_bucket(bucket: str) -> None:
         )
 
 
-def command_of(arguments: Sequence[str], where: slices.Slice) -> list[str]:
+def command_of(arguments: Sequence[str], where: slices.Slice, *, mounted: bool = True) -> list[str]:
     """The command as every worker runs it, ``--distributed`` where there are several.
+
+    ``mounted``: whether there is a bucket at ``MOUNT``; by its URL, gs://bucket/run, one is seen everywhere.
 
     Raises:
       InputError: there is none, or its working directory is one that only one machine sees.
@@ -63,27 +72,46 @@ def command_of(arguments: Sequence[str], where: slices.Slice) -> list[str]:
         for place, argument in enumerate(arguments)
         if re.fullmatch(r"--?workdir(=.*)?", argument)
     ]
+    places = ("gs://", f"{MOUNT}/") if mounted else ("gs://",)
     for workdir in workdirs:
-        if not workdir.startswith(f"{MOUNT}/"):
+        if not workdir.startswith(places):
+            where_to = f"{MOUNT}/run, where --bucket is mounted, or " if mounted else ""
             raise InputError(
-                f"--workdir={workdir} would be lost with its machine; give a path where --bucket is mounted on all of "
-                f"them, as {MOUNT}/run"
+                f"--workdir={workdir} would be lost with its machine; give a place that all of them see: {where_to}"
+                "gs://bucket/run"
             )
     several = where.hosts > 1 and workdirs and "--distributed" not in arguments
     return [*arguments, "--distributed"] if several else list(arguments)
 
 
-def run(text_of: Callable[[Sequence[str]], str]) -> None:
-    """Prints ``text_of`` the arguments after ``--``; exit status 2 and one sentence where they cannot be used."""
+def run(
+    text_of: Callable[[Sequence[str]], str],
+    *,
+    needs: Sequence[flags.FlagHolder],
+    takes: Sequence[flags.FlagHolder] = (),
+) -> None:
+    """Prints ``text_of`` the arguments after ``--``; exit status 2 and one sentence where they cannot be used.
+
+    Of the flags that not every main reads, ``needs`` have to be given, ``takes`` may be, and others may not.
+    """
 
     def main(argv: list[str]) -> None:
         try:
+            for holder in needs:
+                if not holder.value:
+                    raise InputError(
+                        f"--{holder.name} is missing; {holder.name}: {flags.FLAGS[holder.name].help}"
+                    )
+            read = {holder.name for holder in (*needs, *takes)}
+            for holder in _OF_SOME:
+                if holder.present and holder.name not in read:
+                    raise InputError(f"--{holder.name} is not for this command; leave it away")
             print(text_of(argv[1:]), end="")
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 
     # absl lists the flags of the main module alone under --help; these belong there too.
-    for holder in (NAME, TOPOLOGY, SPOT, BUCKET, RESTARTS):
+    for holder in (NAME, TOPOLOGY, SPOT, RESTARTS, *needs, *takes):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[holder.name])
     app.run(main)

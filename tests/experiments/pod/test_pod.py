@@ -72,6 +72,8 @@ def test_the_manifest_asks_for_every_machine_of_the_slice():
 def test_several_machines_find_each_other_and_one_does_not_look():
     assert request.command_of(COMMAND, slices.parse("v5e:4x8")) == [*COMMAND, "--distributed"]
     assert request.command_of(COMMAND, slices.parse("v5e:2x4")) == COMMAND
+    on_bucket = ["python", "-m", "experiments.sft", "--workdir=gs://runs/sft"]
+    assert request.command_of(on_bucket, slices.parse("v5e:4x8")) == [*on_bucket, "--distributed"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,6 @@ def test_several_machines_find_each_other_and_one_does_not_look():
     [
         ([], "there is no command"),
         (["python", "run.py", "--workdir=/tmp/run"], "--workdir=/tmp/run would be lost"),
-        (["python", "run.py", "--workdir=gs://bucket/run"], "--workdir=gs://bucket/run would be lost"),
         (["python", "run.py", "--workdir", "runs/1"], "--workdir=runs/1 would be lost"),
     ],
 )
