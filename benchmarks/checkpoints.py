@@ -1,6 +1,6 @@
 """What a checkpoint costs: how long a save holds up the loop, until it is on disk, and going on from it; one JSON line.
 
-    python -m benchmarks.checkpoints --steps=30 --saves=10
+    python -m benchmarks.checkpoints --steps=8 --saves=10 --between=1
 
 The step is that of ``benchmarks.speed --task=sft --size=tiny --batch=8 --seq=256``. step_s: the median step, no save
 under way. blocks_s: the median time that ``save`` takes to return, and blocks_share what that is of a step. slows_s: by

@@ -56,18 +56,29 @@ def random_rows(rng, rows: int, seq: int, vocabulary: int, *, response: int) -> 
     )
 
 
-def supervised(objective, params, frozen, batch):
-    """A callable that takes one real train step and waits for it."""
+def supervised_step(objective, params, frozen, batch):
+    """(``take(state) -> state``, which takes one real train step and waits for it, and the first state)."""
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5), 100)
     mesh = meshes.data_mesh()
     step = meshes.compile_step(
         lambda axis: make_train_step(objective, optimizer, axis_name=axis), mesh, "jit"
     )
-    holder = {"state": init_train_state(params, optimizer, jax.random.key(1))}
+
+    def take(state):
+        state, metrics = step(state, frozen, batch)
+        jax.block_until_ready((state.params, metrics))
+        return state
+
+    return take, init_train_state(params, optimizer, jax.random.key(1))
+
+
+def supervised(objective, params, frozen, batch):
+    """A callable that takes one real train step and waits for it."""
+    take, state = supervised_step(objective, params, frozen, batch)
+    holder = {"state": state}
 
     def run():
-        holder["state"], metrics = step(holder["state"], frozen, batch)
-        jax.block_until_ready((holder["state"].params, metrics))
+        holder["state"] = take(holder["state"])
 
     return run
 

@@ -213,12 +213,18 @@ class Checkpoints:
             problem = storage.problem(error)
             if problem is None:
                 raise
-            whole = [str(path.name) for path in self.directory.glob("*") if path.name.isdecimal()]
+            whole = [path.name for path in self.directory.glob("*") if _is_whole(path)]
             kept = f"step {max(whole, key=int)} is saved there" if whole else "nothing was saved there yet"
             raise InputError(
                 f"cannot save step {step} in {self.directory}: {problem}; {kept}; make room or mend the disk, then run "
                 "the same command again"
             ) from error
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether ``path`` is a whole checkpoint: of a bucket the one that Orbax has marked so; a disk has no others."""
+    marked = not storage.in_bucket(path) or (path / "commit_success.txt").exists()
+    return path.name.isdecimal() and marked
 
 
 def find_damage(directory: Path, digest_path: Path) -> str | None:

@@ -44,14 +44,14 @@ class Bucket:
     """Objects by name, the log of their changes, and names that are refused.
 
     url: of the bucket. log: (name, Object) of a write and (name, None) of a removal, in order. refuse: a write of a
-    name that holds it is answered with 403; empty: none is.
+    name that holds one of these is answered with 403.
     """
 
     def __init__(self, name: str) -> None:
         self.name, self.url = name, f"gs://{name}"
         self.objects: dict[str, Object] = {}
         self.log: list[tuple[str, Object | None]] = []
-        self.refuse = ""
+        self.refuse: tuple[str, ...] = ()
         self.lock = threading.RLock()
 
     def write(self, name: str, content: bytes) -> Object:
@@ -215,7 +215,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _write(self, name: str, generation: str | None, content: bytes) -> tuple[int, dict, bytes]:
         bucket = self.server.bucket
-        if bucket.refuse and bucket.refuse in name:
+        if any(part in name for part in bucket.refuse):
             return _error(403, f"the account may not write {name}")
         there = bucket.objects.get(name)
         if generation is not None and int(generation) != (there.generation if there else 0):

@@ -166,21 +166,21 @@ def test_a_handoff_goes_from_a_bucket_to_a_disk_and_back(bucket, tmp_path):
 def test_what_a_bucket_refuses_is_said_in_a_sentence(bucket):
     run = f"{bucket.url}/run"
     save_steps(run, [1])
-    bucket.refuse = "checkpoints/2/"
+    bucket.refuse = ("checkpoints/2/commit_success",)
     saver, iterator = Checkpoints(run), numbers()
     with pytest.raises(InputError, match=r"cannot save step 2 in gs://.*; step 1 is saved there; make room"):
         saver.save(2, state_of(2), iterator, {})
         saver.wait()
     with pytest.raises(InputError, match="cannot save step 2"):
         saver.close()
-    bucket.refuse = "handoff/"
+    bucket.refuse += ("handoff/",)
     with pytest.raises(InputError, match=r"cannot leave the hand-off gs://.*/run/handoff: "):
         leave(run)
     writer = metrics.MetricsWriter(storage.at(run), start_step=-1)
-    bucket.refuse = "metrics"
+    bucket.refuse += ("metrics.jsonl",)
     with pytest.raises(InputError, match=r"cannot write gs://.*/run/metrics.jsonl: .*may not write"):
         writer.flush()
-    bucket.refuse = ""
+    bucket.refuse = bucket.refuse[:1]
     writer.close()
     assert restore(run)[0] == 1
 

@@ -80,7 +80,7 @@ install() {{
   # What is still running there is of a run that lost a machine, and holds the chips. The images' own Python is too old.
   on_every_machine "pkill -f 'experiments[.]'; tar xzf $name.tar.gz && python3 -m pip install --quiet --user uv \\
     && ~/.local/bin/uv venv --quiet --clear --python 3.12 venv \\
-    && ~/.local/bin/uv pip install --quiet --python venv/bin/python -e 'rlhf_jax[tpu]' && $mount"
+    && ~/.local/bin/uv pip install --quiet --python venv/bin/python -e 'rlhf_jax[tpu,gcs]' && $mount"
 }}
 
 runs=0

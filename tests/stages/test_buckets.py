@@ -12,12 +12,12 @@ from rlhf_jax import checkpoints
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluation import report
 from rlhf_jax.evaluation.report_files import read_run
-from rlhf_jax.stages import dpo, sft
+from rlhf_jax.stages import dpo, evaluate, sft
 from rlhf_jax.stages.run_directory import changed_inputs
 from rlhf_jax.storage import at
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 
-from .conftest import DPO, SFT, StopAfter
+from .conftest import DATA, DPO, SFT, StopAfter
 
 
 def params_of(run):
@@ -64,6 +64,19 @@ def test_a_run_in_a_bucket_ends_in_the_bits_of_one_on_a_disk(bucket, ladder, tmp
     config = json.loads(bucket.objects["runs/dpo/config.json"].content)
     assert config["inputs"]["init_from"]["path"] == run
 
+    # What is measured of it, there too.
+    place = f"{bucket.url}/runs/evaluate"
+    summary = evaluate.run(
+        evaluate.Config(data=DATA, num_prompts=12, batch_size=8, num_shown=2),
+        place,
+        reference_from=run,
+        reward_from=ladder.reward_model,
+        policies_from={"dpo": f"{bucket.url}/runs/dpo"},
+        stop=StopRequest(),
+    )
+    assert json.loads(bucket.objects["runs/evaluate/summary.json"].content) == summary
+    assert report.write_report(place) == at(place) / report.REPORT
+
 
 def test_what_a_bucket_cannot_be_started_from(bucket, tmp_path):
     bucket.write("model/config.json", b"{}")
@@ -72,7 +85,7 @@ def test_what_a_bucket_cannot_be_started_from(bucket, tmp_path):
         match=r"there is no run at gs://bucket\w+/model, and Hugging Face directories are read from disks; give .* cp",
     ):
         dpo.run(DPO, tmp_path / "dpo", init_from=f"{bucket.url}/model", stop=StopRequest())
-    bucket.refuse = "config.json"
+    bucket.refuse = ("config.json",)
     with pytest.raises(
         InputError, match=r"cannot write to workdir gs://bucket\w+/dpo: .*; give a writable one"
     ):
