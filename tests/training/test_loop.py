@@ -163,7 +163,7 @@ def test_a_disk_too_full_for_metrics_ends_the_run_in_a_sentence_and_the_save_und
 
 
 def test_metrics_that_cannot_be_opened_are_named(tmp_path):
-    (tmp_path / "metrics.tmp").mkdir()
+    (tmp_path / "metrics.jsonl.partial").mkdir()
     with pytest.raises(InputError, match=r"cannot write .*metrics.jsonl: Is a directory"):
         run(tmp_path, SCHEDULE)
 
