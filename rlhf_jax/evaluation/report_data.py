@@ -7,6 +7,7 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from rlhf_jax import storage
 from rlhf_jax.data.readers import longer_wins, split_by_group, split_by_row
 from rlhf_jax.data.rows import Preference
 from rlhf_jax.errors import InputError
@@ -160,11 +161,9 @@ def write_data_report(workdir: str | os.PathLike, title: str, found: Findings) -
       InputError: it cannot be written.
     """
     path = pathlib.Path(workdir) / "report.html"
-    unfinished = path.with_suffix(".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(data_page(title, found), encoding="utf-8")
-        os.replace(unfinished, path)
+        storage.make_directory(path.parent)
+        storage.replace(path, data_page(title, found))
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}): give another --workdir.") from None
     return path

@@ -276,7 +276,7 @@ def test_an_exported_model_beside_the_runs_is_no_run(ladder):
 def test_the_same_files_give_the_same_page(ladder):
     first = write_report(ladder).read_bytes()
     assert write_report(ladder).read_bytes() == first
-    assert not list(ladder.glob("*.tmp"))
+    assert not list(ladder.glob("*.partial"))
 
 
 def test_a_single_run_shows_every_metric(ladder):
