@@ -282,19 +282,23 @@ def length_correlation(scores: PairScores) -> float:
     return float(np.mean(margins * extra) / spread) if spread else 0.0
 
 
-def _compare(rows, scores: PairScores, run_: Run) -> dict[str, float]:
-    """What accuracy is to be held against: the Bayes ceiling where it is known, and "the longer one wins".
+def gold_accuracy(rows, margins: np.ndarray) -> float:
+    """How often reward margins [N] have the sign of gold's, on the pairs whose two sides differ in gold; a tie is half.
 
-    Where the gold reward is known, "gold_accuracy": agreement with it instead of with the labels, on pairs where it
-    differs.
+    What a labeller likes beside gold, as length, makes it lower than agreement with the labels allows.
     """
+    better = np.sign([row.chosen_gold - row.rejected_gold for row in rows])
+    return float(np.mean((1 + np.sign(margins) * better)[better != 0] / 2))
+
+
+def _compare(rows, scores: PairScores, run_: Run) -> dict[str, float]:
+    """What accuracy is to be held against: "the longer one wins", the Bayes ceiling and the gold reward where known."""
     margins = scores.chosen - scores.rejected
     facts = {"longer_wins": readers.longer_wins(rows)}
     if all(row.probability is not None for row in rows):
         facts["bayes_accuracy"] = world.bayes_accuracy(rows)
     if all(row.chosen_gold is not None and row.rejected_gold is not None for row in rows):
-        better = np.sign([row.chosen_gold - row.rejected_gold for row in rows])
-        facts["gold_accuracy"] = float(np.mean((1 + np.sign(margins) * better)[better != 0] / 2))
+        facts["gold_accuracy"] = gold_accuracy(rows, margins)
     curve = calibration.reliability(margins)
     facts["calibration_error"] = calibration.expected_calibration_error(curve)
     if hosts.is_main():

@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_jax import checkpoints, losses
 from rlhf_jax.data import batches, prepared, world
+from rlhf_jax.data.rows import Preference
 from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import heads
@@ -216,19 +217,18 @@ def votes(tmp_path_factory) -> pathlib.Path:
         lines.append({"prompt": row.prompt, "responses": list(row.responses[:size]), "ranks": ranks})
     path.write_text("\n".join(map(json.dumps, lines)))
     prepared.prepare(path, "rankings", path.with_suffix(""))
+    prepared.prepare(path, "preferences", path.with_name("pairs"))
     return path
 
 
-def test_a_prepared_set_of_rankings_trains_as_its_file_soft_labels_and_all(votes, ladder, tmp_path):
+@pytest.mark.parametrize("kind", ["all_pairs", "pairs"])
+def test_a_prepared_set_trains_as_its_file_soft_labels_and_all(kind, votes, ladder, tmp_path):
     """Through the config that a command makes: kind, ranking_size, soft_labels and vote_prior are all read."""
+    kept = votes.with_suffix("") if kind == "all_pairs" else votes.with_name("pairs")
     found = {}
-    for name, path, soft in (
-        ("file", votes, True),
-        ("set", votes.with_suffix(""), True),
-        ("hard", votes, False),
-    ):
+    for name, path, soft in (("file", votes, True), ("set", kept, True), ("hard", votes, False)):
         given = {
-            "kind": "all_pairs",
+            "kind": kind,
             "batch_size": 8,
             "schedule": {"num_steps": 2},
             "data": {"path": str(path), "soft_labels": soft, "vote_prior": 1.0, "ranking_size": 4},
@@ -238,7 +238,8 @@ def test_a_prepared_set_of_rankings_trains_as_its_file_soft_labels_and_all(votes
         found[name] = rows_of(tmp_path / name)
     assert found["file"] == found["set"]
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "file"), params_of(tmp_path / "set"))
-    losses_of = {name: rows[-1]["loss/all_pairs"] for name, rows in found.items()}
+    term = "loss/all_pairs" if kind == "all_pairs" else "loss/bradley_terry"
+    losses_of = {name: rows[-1][term] for name, rows in found.items()}
     # At two to one a soft label with a prior is (2 + 1) / (3 + 2), and three to nothing 4 / 5.
     assert abs(losses_of["file"] - losses_of["hard"]) > 1e-4
     facts = checkpoints.load_handoff(tmp_path / "file")[0].facts
@@ -246,9 +247,8 @@ def test_a_prepared_set_of_rankings_trains_as_its_file_soft_labels_and_all(votes
     assert -1 <= facts["eval/length_correlation"] <= 1 and "bayes_accuracy" not in facts
 
 
-@pytest.mark.parametrize("options", [{}, {"kind": "pairs"}], ids=["rankings", "pairs"])
-def test_interrupted_equals_undisturbed_bitwise_with_a_length_penalty(options, ladder, tmp_path):
-    config = dataclasses.replace(RANKED, length_penalty=2.0, **options)
+def test_interrupted_equals_undisturbed_bitwise_with_a_length_penalty(ladder, tmp_path):
+    config = dataclasses.replace(RANKED, length_penalty=2.0)
     start = {"init_from": ladder.sft}
     reward_model.run(config, tmp_path / "whole", stop=STOP, **start)
     with pytest.raises(Interrupted, match="saved step 1 of 4"):
@@ -290,6 +290,7 @@ def test_pmap_and_micro_batches_give_the_update_of_jit(options, ladder, tmp_path
         assert max(jax.tree.leaves(apart)) < 2e-5, apart
 
 
+@pytest.mark.slow
 def test_a_penalty_takes_length_out_of_what_a_labeller_who_likes_it_teaches(ladder, tmp_path):
     biased = dataclasses.replace(
         DATA.world, length_bias=1.0, noise=0.0, num_preferences=512, num_eval_preferences=64
@@ -328,6 +329,16 @@ def test_the_length_correlation_is_that_of_the_two_sides_of_a_pair():
     assert reward_model.length_correlation(same) == 0.0
 
 
+def test_agreement_with_gold_by_hand():
+    """Right, wrong, a tie that counts half, and a pair of equal gold that counts nothing."""
+    golds = [(1.0, 0.0), (0.0, 2.0), (3.0, 1.0), (1.0, 1.0)]
+    rows = [
+        Preference(prompt="p", chosen="a", rejected="b", source="s", chosen_gold=a, rejected_gold=b)
+        for a, b in golds
+    ]
+    assert reward_model.gold_accuracy(rows, np.array([0.3, 0.1, 0.0, 5.0])) == (1 + 0 + 0.5) / 3
+
+
 def test_what_rankings_cannot_do_is_refused(votes, ladder, tmp_path):
     with pytest.raises(InputError, match="config.margin is 0.5, which is of pairs; give 0, or kind=pairs"):
         dataclasses.replace(RANKED, margin=0.5)
@@ -345,7 +356,6 @@ def test_what_rankings_cannot_do_is_refused(votes, ladder, tmp_path):
     with pytest.raises(InputError, match="ranking_size is 1; it must be at least 2"):
         DataConfig(ranking_size=1)
     pairs = votes.with_name("pairs")
-    prepared.prepare(votes, "preferences", pairs)
     with pytest.raises(
         InputError, match="pairs holds preferences where rankings are needed; prepare .*--kind=rankings"
     ):
