@@ -43,7 +43,7 @@ STAGES = {
 # another stage than the one that runs.
 _PLANNED: dict[str, dict[str, tuple]] = {
     "sft": {"pack": (False,)},
-    "reward_model": {"members": (1,)},
+    "reward_model": {"members": (1,), "kind": ("pairs",), "length_penalty": (0.0,)},
     "dpo": {"loss.kind": ("dpo", "robust", "ipo", "hinge", "simpo", "orpo")},
     "ppo": {"reward": ("model", "answer"), "credit": ("response",)},
     "grpo": {"reward": ("model", "answer"), "credit": ("response",)},

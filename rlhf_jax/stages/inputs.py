@@ -126,7 +126,8 @@ def load_preferences(config: DataConfig) -> Split:
 
 def load_rankings(config: DataConfig) -> Split:
     """Rows of ``Ranking`` to train on, and held-out pairs, rows of ``Preference``, to be judged by; files hold rankings
-    whatever ``config.format`` says, and the pairs of a held-out ranking are those that its votes decide.
+    whatever ``config.format`` says, and the pairs of a held-out ranking, which are kept in memory, are those that its
+    votes decide.
 
     Raises:
       InputError: the embedded arithmetic was asked for, which has none; soft labels of the reviews, which have one
