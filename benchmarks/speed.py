@@ -27,7 +27,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model as rewards
 from rlhf_jax.sampling.generate import SamplingConfig, generate
-from rlhf_jax.stages import grpo, online, ppo, reward_model, rollouts, sft
+from rlhf_jax.stages import grpo, online, ppo, reward_objectives, rollouts, sft
 from rlhf_jax.stages.inputs import DataConfig
 from rlhf_jax.stages.preference_objectives import PreferenceLoss, make_pair_objective
 from rlhf_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -93,7 +93,7 @@ def build(task: str, model: ModelConfig, batch: int, seq: int, new: int):
         return supervised(sft.make_objective(model), params, {}, row(seq - 1)), batch * seq
     if task == "rm":
         pairs = PreferenceBatch(chosen=row(seq // 2), rejected=row(seq // 2))
-        return supervised(reward_model.make_objective(model), scored, {}, pairs), 2 * batch * seq
+        return supervised(reward_objectives.make_objective(model), scored, {}, pairs), 2 * batch * seq
     if task == "dpo":
         pairs = PreferenceBatch(chosen=row(seq // 2), rejected=row(seq // 2))
         frozen = {"reference": jax.tree.map(lambda x: x + 0, params)}

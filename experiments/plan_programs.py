@@ -24,7 +24,7 @@ from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import planner, sharding
 from rlhf_jax.rewards import reward_model as rewards
 from rlhf_jax.sampling.generate import generate
-from rlhf_jax.stages import adapters, dpo, grpo, online, ppo, reward_model, sft
+from rlhf_jax.stages import adapters, dpo, grpo, online, ppo, reward_model, reward_objectives, sft
 from rlhf_jax.stages.preference_objectives import make_pair_objective
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.step import init_train_state, make_train_step
@@ -43,7 +43,7 @@ STAGES = {
 # another stage than the one that runs.
 _PLANNED: dict[str, dict[str, tuple]] = {
     "sft": {"pack": (False,)},
-    "reward_model": {"members": (1,)},
+    "reward_model": {"members": (1,), "kind": ("pairs",), "length_penalty": (0.0,)},
     "dpo": {"loss.kind": ("dpo", "robust", "ipo", "hinge", "simpo", "orpo")},
     "ppo": {"reward": ("model", "answer"), "credit": ("response",)},
     "grpo": {"reward": ("model", "answer"), "credit": ("response",)},
@@ -269,7 +269,7 @@ def _pairs(mesh: Mesh, config: Any) -> PreferenceBatch:
 
 
 def _reward_model(mesh: Mesh, config: reward_model.Config, model: ModelConfig):
-    objective = reward_model.make_objective(model)
+    objective = reward_objectives.make_objective(model)
     useful = _passes(config) * forward_flops(model, config.data, 2 * config.batch_size, vocabulary=False)
     return (*_supervised(mesh, config, model, objective, _pairs(mesh, config), head=True), useful)
 

@@ -1,6 +1,10 @@
-"""A Bradley-Terry reward model from pairwise preferences.
+"""A Bradley-Terry reward model from pairwise preferences, or from rankings.
 
 python -m experiments.reward_model --workdir=runs/reward_model --init_from=runs/sft
+
+--config.kind=all_pairs or plackett_luce learns whole rankings (--config.data.path: of a file, or a set prepared with
+--kind=rankings), --config.data.soft_labels how sure annotators are, --config.length_penalty holds back a taste for
+length. docs/rewards.md says what each is worth.
 """
 
 from experiments import launch

@@ -49,6 +49,21 @@ class PreferenceBatch:
 
 
 @_pytree
+class RankingBatch:
+    """Prompts with up to K ranked responses each; the arrays of ``responses`` are [N, K, ...].
+
+    ranks: [N, K] int32, smaller is better, equal for ties. mask: [N, K] bool, True where there is a response.
+    probability: [N, K, K] float32, how likely it is that response i is better than response j, where labels are soft;
+    None where they are hard.
+    """
+
+    responses: DemonstrationBatch
+    ranks: jax.Array
+    mask: jax.Array
+    probability: jax.Array | None = None
+
+
+@_pytree
 class UnpairedBatch:
     """Responses by themselves, each good or bad.
 

@@ -18,13 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax.data import mixtures, packing, pipeline
+from rlhf_jax.data import mixtures, packing, pipeline, rankings
+from rlhf_jax.data.encoded import EncodedDemonstration, EncodedPreference, EncodedPrompt, EncodedRanking
 from rlhf_jax.data.encoding import (
     TRUNCATIONS,
     Encoded,
-    EncodedDemonstration,
-    EncodedPreference,
-    EncodedPrompt,
     EncodeReport,
     digest_of,
     encode_demonstrations,
@@ -32,9 +30,11 @@ from rlhf_jax.data.encoding import (
     encode_prompts,
     lengths_of,
 )
+from rlhf_jax.data.rankings import encode_rankings
+from rlhf_jax.data.rows import ranks
 from rlhf_jax.data.steps import EncodedSteps, encode_process_steps
 from rlhf_jax.errors import InputError
-from rlhf_jax.types import DemonstrationBatch, PreferenceBatch, StepsBatch
+from rlhf_jax.types import DemonstrationBatch, PreferenceBatch, RankingBatch, StepsBatch
 
 __all__ = [
     "TRUNCATIONS",
@@ -42,14 +42,17 @@ __all__ = [
     "EncodedDemonstration",
     "EncodedPreference",
     "EncodedPrompt",
+    "EncodedRanking",
     "EncodedSteps",
     "EncodeReport",
     "encode_demonstrations",
     "encode_preferences",
     "encode_process_steps",
     "encode_prompts",
+    "encode_rankings",
     "demonstration_batches",
     "preference_batches",
+    "ranking_batches",
     "steps_batches",
     "prompt_batches",
     "packed_batches",
@@ -88,6 +91,20 @@ def _lay_out(encoded: Encoded, prompt_ids: Sequence[int], response_ids: Sequence
     )
 
 
+def _lay_out_ranking(encoded: Encoded, row: EncodedRanking) -> RankingBatch:
+    """One row, without the batch axis. Where there are fewer than K responses the first is there again, masked out."""
+    given, size = len(row.sides), row.size
+    sides = [*row.sides, *[row.sides[0]] * (size - given)]
+    return RankingBatch(
+        responses=jax.tree.map(
+            lambda *leaves: np.stack(leaves), *(_lay_out(encoded, *side) for side in sides)
+        ),
+        ranks=np.array([*ranks(row.row), *[0] * (size - given)], np.int32),
+        mask=np.arange(size) < given,
+        probability=None if row.row.targets is None else rankings.orders(row.row, size),
+    )
+
+
 def _lay_out_row(encoded: Encoded, index: int, row: Any) -> Any:
     """What a batch holds of one row, without the batch axis; ``index``: its place in ``encoded.rows``."""
     if isinstance(row, EncodedDemonstration):
@@ -98,6 +115,8 @@ def _lay_out_row(encoded: Encoded, index: int, row: Any) -> Any:
             rejected=_lay_out(encoded, row.rejected_prompt_ids, row.rejected_ids),
             probability=None if row.row.target is None else np.float32(row.row.target),
         )
+    if isinstance(row, EncodedRanking):
+        return _lay_out_ranking(encoded, row)
     if isinstance(row, EncodedSteps):
         labels, judged = (np.zeros(encoded.response_length, kind) for kind in (np.float32, bool))
         for column, label in row.judged:
@@ -147,6 +166,18 @@ def preference_batches(
     num_buckets: int = 1,
 ) -> pipeline.BatchIterator:
     """Endless batches of pairs; see `demonstration_batches`."""
+    return _batches(encoded, batch_size=batch_size, seed=seed, share=share, num_buckets=num_buckets)
+
+
+def ranking_batches(
+    encoded: Encoded[EncodedRanking],
+    *,
+    batch_size: int,
+    seed: int,
+    share: pipeline.Share = _WHOLE,
+    num_buckets: int = 1,
+) -> pipeline.BatchIterator:
+    """Endless batches of rankings, ``batch_size`` of them; see `demonstration_batches`."""
     return _batches(encoded, batch_size=batch_size, seed=seed, share=share, num_buckets=num_buckets)
 
 

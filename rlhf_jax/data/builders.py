@@ -226,7 +226,9 @@ def _preference(row: Preference) -> dict[str, Any]:
 
 def _ranking(row: Ranking) -> dict[str, Any]:
     comparisons = [dataclasses.asdict(comparison) for comparison in row.comparisons]
-    return {**_plain(row), "responses": list(row.responses), "comparisons": comparisons}
+    fields = {**_plain(row), "responses": list(row.responses), "comparisons": comparisons}
+    del fields["targets"]  # as of a preference
+    return fields
 
 
 def _steps(row: ProcessSteps) -> dict[str, Any]:

@@ -11,13 +11,20 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data import conversations, pipeline, scans
 from rlhf_jax.data import tokenizer as tokenizers
+from rlhf_jax.data.encoded import (
+    EncodedDemonstration,
+    EncodedPreference,
+    EncodedPrompt,
+    EncodedRow,
+    lengths_of_row,
+)
 from rlhf_jax.data.mixtures import Mixture
 from rlhf_jax.data.prepared import PreparedRows
 from rlhf_jax.data.rows import Demonstration, Preference, Prompt
@@ -25,37 +32,6 @@ from rlhf_jax.errors import InputError
 
 TRUNCATIONS = ("error", "drop", "keep_start", "keep_end")
 _LONGER = "raise --config.data.prompt_length or --config.data.response_length"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EncodedDemonstration:
-    """Ids of a demonstration, and the row that they were made from."""
-
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    row: Demonstration
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EncodedPreference:
-    """Ids of a pair; the prompt's ids may differ by the tokens at the boundary."""
-
-    chosen_prompt_ids: tuple[int, ...]
-    chosen_ids: tuple[int, ...]
-    rejected_prompt_ids: tuple[int, ...]
-    rejected_ids: tuple[int, ...]
-    row: Preference
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EncodedPrompt:
-    """Ids of a prompt."""
-
-    prompt_ids: tuple[int, ...]
-    row: Prompt
-
-
-EncodedRow = TypeVar("EncodedRow", EncodedDemonstration, EncodedPreference, EncodedPrompt)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,17 +210,7 @@ def _encode_when_read(
     return EncodedWhenRead(rows=kept, encode=encode, lengths=found.lengths[kept.indices]), report
 
 
-def lengths_of_row(row: EncodedRow) -> tuple[int, int]:
-    """Ids of prompt and response, those of the longer side of a pair."""
-    if isinstance(row, EncodedPreference):
-        return (
-            max(len(row.chosen_prompt_ids), len(row.rejected_prompt_ids)),
-            max(len(row.chosen_ids), len(row.rejected_ids)),
-        )
-    return len(row.prompt_ids), 0 if isinstance(row, EncodedPrompt) else len(row.response_ids)
-
-
-def _pairs_of_ids(
+def pairs_of_ids(
     tokenizer: Any, rows: Sequence[Any], responses: Sequence[str]
 ) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, response ids) of each row's prompt with a response: texts at once, conversations one by one."""
@@ -263,7 +229,7 @@ def _pairs_of_ids(
 def _demonstrations_of(
     tokenizer: Any, limits: Limits, rows: Sequence[Demonstration]
 ) -> tuple[list[tuple[int, EncodedDemonstration]], EncodeReport]:
-    pairs = _pairs_of_ids(tokenizer, rows, [row.response for row in rows])
+    pairs = pairs_of_ids(tokenizer, rows, [row.response for row in rows])
     fitted, report = fit_all([(row.source, (pair,)) for row, pair in zip(rows, pairs, strict=True)], limits)
     return [
         (place, EncodedDemonstration(prompt_ids=prompt_ids, response_ids=response_ids, row=rows[place]))
@@ -274,8 +240,8 @@ def _demonstrations_of(
 def _preferences_of(
     tokenizer: Any, limits: Limits, rows: Sequence[Preference]
 ) -> tuple[list[tuple[int, EncodedPreference]], EncodeReport]:
-    chosen = _pairs_of_ids(tokenizer, rows, [row.chosen for row in rows])
-    rejected = _pairs_of_ids(tokenizer, rows, [row.rejected for row in rows])
+    chosen = pairs_of_ids(tokenizer, rows, [row.chosen for row in rows])
+    rejected = pairs_of_ids(tokenizer, rows, [row.rejected for row in rows])
     fitted, report = fit_all(
         [(row.source, sides) for row, *sides in zip(rows, chosen, rejected, strict=True)], limits
     )
@@ -395,13 +361,14 @@ def fit_all(
             dropped.append((source, f"has {excess}"))
             continue
         cut = tuple(_cut(*side, limits) for side in sides)
-        if len(cut) == 2 and cut[0] == cut[1]:
+        if len(cut) > 1 and len(set(cut)) == 1:
+            same = f"has {'two' if len(cut) == 2 else len(cut)} responses of the same tokens"
             if limits.truncation == "error":
                 raise InputError(
-                    f"{source} has two responses of the same tokens: give a tokenizer that can tell them apart, "
-                    "or pass --config.data.truncation=drop."
+                    f"{source} {same}: give a tokenizer that can tell them apart, or pass "
+                    "--config.data.truncation=drop."
                 )
-            dropped.append((source, "has two responses of the same tokens, as far as they are kept"))
+            dropped.append((source, f"{same}, as far as they are kept"))
             continue
         if excess:
             truncated.append((source, f"has {excess}"))

@@ -64,7 +64,11 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """A prompt and K >= 2 responses that annotators compared; at least one comparison is not a tie."""
+    """A prompt and K >= 2 responses that annotators compared; at least one comparison is not a tie.
+
+    targets: of each comparison the probability that the first is the better one, for a loss to aim at (see
+    `soft_label`); None where labels are hard.
+    """
 
     prompt: str
     responses: tuple[str, ...]
@@ -72,6 +76,7 @@ class Ranking:
     source: str
     group: str = ""
     messages: Messages = ()
+    targets: tuple[float, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,12 +171,20 @@ def soft_label(row: Preference, *, prior: float = 0.0) -> float:
         return row.probability
     if row.votes is None:
         return 1.0
-    won, lost, neither = row.votes
+    return _share(*row.votes, prior)
+
+
+def _share(won: int, lost: int, neither: int, prior: float) -> float:
     return (won + neither / 2 + prior) / (won + lost + neither + 2 * prior)
 
 
-def with_soft_label(row: Preference, prior: float) -> Preference:
-    """The row, its ``target`` set."""
+def with_soft_label(row: Preference | Ranking, prior: float) -> Preference | Ranking:
+    """The row, its ``target`` or ``targets`` set."""
+    if isinstance(row, Ranking):
+        of_each = (
+            _share(said.for_first, said.for_second, said.for_neither, prior) for said in row.comparisons
+        )
+        return dataclasses.replace(row, targets=tuple(of_each))
     return dataclasses.replace(row, target=soft_label(row, prior=prior))
 
 

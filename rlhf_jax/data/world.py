@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.data import grammar
-from rlhf_jax.data.rows import Demonstration, Preference, Prompt
+from rlhf_jax.data.rows import Comparison, Demonstration, Preference, Prompt, Ranking
 from rlhf_jax.errors import InputError
 
 # Independent streams of randomness; a number here must never change its meaning.
@@ -41,6 +41,7 @@ _STREAMS = {
     "preferences/eval": 2,
     "prompts/train": 3,
     "prompts/eval": 4,
+    "rankings/train": 5,
 }
 _WORD = re.compile(r"<[^<>\s]*>|\w+|[^\w\s]")
 
@@ -70,7 +71,8 @@ class WorldConfig:
     seed: of every row. noise: probability in [0, 0.5] that a label is flipped, whatever the utilities.
     length_bias: utility that the labeller gives per word, beyond gold.
     temperature: utilities are divided by it before the Bradley-Terry sigmoid; > 0.
-    num_demonstrations, num_preferences, num_prompts, num_eval_prompts, num_eval_preferences: rows of each kind.
+    num_demonstrations, num_preferences, num_prompts, num_eval_prompts, num_eval_preferences: rows of each kind; where
+    rankings are asked for there are as many as preferences otherwise.
     Training and evaluation rows have separate streams and share no prompt.
     """
 
@@ -225,6 +227,47 @@ def _draw_preference(config: WorldConfig, stream: str, split: str, index: int) -
         probability=probability,
         chosen_gold=gold_reward(prompt, first),
         rejected_gold=gold_reward(prompt, second),
+    )
+
+
+def rankings(config: WorldConfig, *, size: int) -> list[Ranking]:
+    """``num_preferences`` prompts with ``size`` replies of the writer each, no two the same, in the labeller's order.
+
+    The order is drawn by Plackett and Luce from `utility` / temperature, or with probability 2 * noise from nothing:
+    any two replies then are in the order that `preference_probability` says, as those of `preferences` are.
+    """
+    if size < 2:
+        raise InputError(f"the embedded world was asked for rankings of {size}: give at least 2 replies.")
+    return [_draw_ranking(config, index, size) for index in range(config.num_preferences)]
+
+
+def _draw_ranking(config: WorldConfig, index: int, size: int) -> Ranking:
+    draw = _draw(config, "rankings/train", index)
+    prompt, *ask = grammar.draw_prompt(draw, "train")
+    replies: list[str] = []
+    while len(replies) < size:
+        if (reply := grammar.draw_reply(draw, *ask)) not in replies:
+            replies.append(reply)
+    at_random = next(draw) < 2.0 * config.noise
+    worth = [0.0 if at_random else utility(config, prompt, reply) / config.temperature for reply in replies]
+    # The order of utilities plus Gumbel noise is a draw from Plackett-Luce (Yellott 1977); 0 has no logarithm.
+    noisy = [value - math.log(-math.log(max(next(draw), 1e-300))) for value in worth]
+    comparisons = tuple(
+        Comparison(
+            first=first,
+            second=second,
+            for_first=int(noisy[first] > noisy[second]),
+            for_second=int(noisy[first] <= noisy[second]),
+        )
+        for first in range(size)
+        for second in range(first + 1, size)
+    )
+    return Ranking(
+        prompt=prompt,
+        responses=tuple(replies),
+        comparisons=comparisons,
+        source=f"world:rankings/train/{index}",
+        group=prompt,
     )
 
 

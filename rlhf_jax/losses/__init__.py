@@ -48,6 +48,8 @@ from rlhf_jax.losses.preference import (
 from rlhf_jax.losses.process import process_reward_loss
 from rlhf_jax.losses.reward_modelling import (
     bradley_terry_loss,
+    length_moments,
+    length_penalty_loss,
     pairwise_ranking_loss,
     plackett_luce_loss,
 )
@@ -75,6 +77,8 @@ __all__ = [
     "kl_penalized_rewards",
     "kto_loss",
     "leave_one_out_advantages",
+    "length_moments",
+    "length_penalty_loss",
     "orpo_loss",
     "pairwise_ranking_loss",
     "plackett_luce_loss",

@@ -14,7 +14,7 @@ import numpy as np
 from rlhf_jax.data import arithmetic, batches, mixtures, pipeline, prepared, readers, world
 from rlhf_jax.data.mixtures import Mixture
 from rlhf_jax.data.prepared import PreparedRows
-from rlhf_jax.data.rows import Demonstration, Preference, Prompt, group_of, with_soft_label
+from rlhf_jax.data.rows import Demonstration, Preference, Prompt, group_of, pairs, with_soft_label
 from rlhf_jax.errors import InputError, check_range
 
 
@@ -29,6 +29,8 @@ class DataConfig:
     hold; a prepared set knows. SFT on preferences learns the chosen responses.
     soft_labels: whether the reward model learns how likely a label is, from annotators' votes, instead of the label.
     vote_prior: votes added to either side then.
+    ranking_size: responses a row has room for where a stage learns whole rankings; the reviews draw as many, a file's
+    rankings may have fewer.
     prompt_length, response_length: padded widths in tokens. truncation: what happens to a row that is longer.
     on_bad_row: whether an unusable row stops the run or is left out, counted and listed. held_out_fraction,
     split_seed: files are split by group (topic, prompt), never by row, all of them at once, so that no group is trained
@@ -49,9 +51,11 @@ class DataConfig:
     split_seed: int = 0
     soft_labels: bool = False
     vote_prior: float = 0.0
+    ranking_size: int = 4
 
     def __post_init__(self) -> None:
         check_range(self, "vote_prior", at_least=0)
+        check_range(self, "ranking_size", at_least=2)
 
     @property
     def widths(self) -> dict[str, Any]:
@@ -116,13 +120,44 @@ def load_preferences(config: DataConfig) -> Split:
         )
     else:
         split = _split_of(config, _as_preferences)
-    if not config.soft_labels:
-        return split
-    soften = functools.partial(with_soft_label, prior=config.vote_prior)
-    train, held_out = (
-        _each(rows, soften, f"soft {config.vote_prior}") for rows in (split.train, split.held_out)
-    )
+    train, held_out = (_softened(config, rows) for rows in (split.train, split.held_out))
     return dataclasses.replace(split, train=train, held_out=held_out)
+
+
+def load_rankings(config: DataConfig) -> Split:
+    """Rows of ``Ranking`` to train on, and held-out pairs, rows of ``Preference``, to be judged by; files hold rankings
+    whatever ``config.format`` says, and the pairs of a held-out ranking, which are kept in memory, are those that its
+    votes decide.
+
+    Raises:
+      InputError: the embedded arithmetic was asked for, which has none; soft labels of the reviews, which have one
+        vote a pair; or a prepared set of another kind.
+    """
+    if config.path:
+        split = _split_of(config, _as_rankings, "rankings")
+        held_out = [pair for ranking in split.held_out for pair in pairs(ranking)]
+        return dataclasses.replace(split, train=_softened(config, split.train), held_out=held_out)
+    if config.embedded == "arithmetic":
+        raise InputError(
+            "--config.data.embedded=arithmetic has no rankings; give --config.data.path=<file>, or 'reviews'"
+        )
+    if config.soft_labels:
+        raise InputError(
+            "--config.data.soft_labels is on, and a ranking of the embedded reviews is by one labeller, without votes; "
+            "turn it off, give --config.data.path=<file>, or --config.kind=pairs"
+        )
+    return Split(
+        train=world.rankings(config.world, size=config.ranking_size),
+        held_out=world.preferences(config.world, "eval"),
+    )
+
+
+def _softened(config: DataConfig, rows: Sequence) -> Sequence:
+    """The rows, with soft labels where the config asks for them."""
+    if not config.soft_labels:
+        return rows
+    soften = functools.partial(with_soft_label, prior=config.vote_prior)
+    return _each(rows, soften, f"soft {config.vote_prior}")
 
 
 def load_process_steps(config: DataConfig) -> Split:
@@ -203,6 +238,15 @@ def preference_batches(
 ) -> pipeline.BatchIterator:
     """Endless batches of pairs; ``batch_size`` counts those of all processes."""
     return batches.preference_batches(
+        encoded, batch_size=batch_size, seed=seed, share=config.share, num_buckets=config.num_buckets
+    )
+
+
+def ranking_batches(
+    config: BatchConfig, encoded: batches.Encoded, *, batch_size: int, seed: int
+) -> pipeline.BatchIterator:
+    """Endless batches of rankings; ``batch_size`` counts those of all processes."""
+    return batches.ranking_batches(
         encoded, batch_size=batch_size, seed=seed, share=config.share, num_buckets=config.num_buckets
     )
 
@@ -303,6 +347,7 @@ def _read(path: pathlib.Path, config: DataConfig, kind: str) -> _Source:
         "demonstrations": readers.read_demonstrations,
         "prompts": readers.read_prompts,
         "steps": readers.read_process_steps,
+        "rankings": readers.read_rankings,
     }[kind]
     rows, report = read(path, on_bad_row=config.on_bad_row)
     groups = readers.digests([group_of(row) for row in rows])
@@ -314,6 +359,15 @@ def _as_steps(source: _Source, rows: Sequence) -> Sequence:
         raise InputError(
             f"{source.path} holds {source.kind} where solutions in judged steps are needed; prepare a set with "
             "--kind=steps"
+        )
+    return rows
+
+
+def _as_rankings(source: _Source, rows: Sequence) -> Sequence:
+    if source.kind != "rankings":
+        raise InputError(
+            f"{source.path} holds {source.kind} where rankings are needed; prepare a set with --kind=rankings, or give "
+            "--config.kind=pairs"
         )
     return rows
 

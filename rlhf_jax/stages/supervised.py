@@ -20,7 +20,13 @@ from rlhf_jax.training.step import Objective, TrainState, init_train_state, make
 
 
 def encode_split(
-    run: Run, data: inputs.DataConfig, model: Model, split: inputs.Split, encode: Callable
+    run: Run,
+    data: inputs.DataConfig,
+    model: Model,
+    split: inputs.Split,
+    encode: Callable,
+    *,
+    encode_held_out: Callable | None = None,
 ) -> tuple[Any, Any]:
     """Training and held-out rows as ids, with a report of what was left out or cut kept in the run's directory.
 
@@ -30,6 +36,7 @@ def encode_split(
       model: gives the tokenizer, and the context that rows must fit.
       split: the rows.
       encode: ``batches.encode_demonstrations`` or ``batches.encode_preferences``.
+      encode_held_out: what the held-out rows are encoded by, where they are of another kind.
 
     Raises:
       InputError: a row that cannot be used, or widths beyond the model's context.
@@ -39,7 +46,7 @@ def encode_split(
     with data_reports.shown_scan(run) as progress:
         how = {"progress": progress, **data.widths}
         train, train_report = encode(split.train, model.tokenizer, **how)
-        held_out, held_out_report = encode(split.held_out, model.tokenizer, **how)
+        held_out, held_out_report = (encode_held_out or encode)(split.held_out, model.tokenizer, **how)
     write_data_report(run, split.left_out, train=train_report, held_out=held_out_report)
     return train, held_out
 

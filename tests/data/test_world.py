@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_jax.data import grammar
-from rlhf_jax.data.rows import Preference
+from rlhf_jax.data.rows import Preference, ranks
 from rlhf_jax.data.world import (
     WorldConfig,
     bayes_accuracy,
@@ -23,6 +23,7 @@ from rlhf_jax.data.world import (
     preference_probability,
     preferences,
     prompts,
+    rankings,
     utility,
     words_of,
     world_tokenizer,
@@ -429,3 +430,34 @@ def test_unknown_split():
         prompts(SMALL, "test")
     with pytest.raises(InputError, match="'test'"):
         preferences(SMALL, "test")
+
+
+def test_any_two_of_a_ranking_are_in_the_order_that_a_pair_would_be():
+    """Of 3,000 rankings of four: each of 18,000 orders against its probability, in five groups; and it is one order."""
+    config = WorldConfig(seed=3, length_bias=0.1, noise=0.1, temperature=1.5, num_preferences=3000)
+    expected, happened = [], []
+    for row in rankings(config, size=4):
+        assert len(set(row.responses)) == 4 and sorted(ranks(row)) == [0, 1, 2, 3]
+        worth = [utility(config, row.prompt, reply) for reply in row.responses]
+        for said in row.comparisons:
+            assert said.for_first + said.for_second == 1
+            assert (said.for_first == 1) == (ranks(row)[said.first] < ranks(row)[said.second])
+            expected.append(preference_probability(config, worth[said.first] - worth[said.second]))
+            happened.append(said.for_first)
+    expected, happened = np.array(expected), np.array(happened)
+    assert len(expected) == 18_000
+    for low in (0.1, 0.26, 0.42, 0.58, 0.74):
+        group = (expected >= low) & (expected < low + 0.16)
+        # Orders within a ranking are not independent: at most as if each of its six were the same one.
+        error = math.sqrt(6 * 0.25 / group.sum())
+        assert group.sum() > 1000 and abs(happened[group].mean() - expected[group].mean()) < 3 * error
+
+
+def test_rankings_are_reproduced_and_more_leave_the_first_unchanged():
+    few, many = (rankings(WorldConfig(seed=5, num_preferences=count), size=3) for count in (4, 9))
+    assert few == many[:4] and len(many) == 9
+    assert not {row.prompt for row in many} & {
+        row.prompt for row in preferences(WorldConfig(seed=5, num_eval_preferences=50), "eval")
+    }
+    with pytest.raises(InputError, match="asked for rankings of 1: give at least 2 replies"):
+        rankings(WorldConfig(), size=1)

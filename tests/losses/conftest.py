@@ -73,6 +73,12 @@ def _cases():
     )  # fmt: skip
     yield case("pairwise_ranking_loss", normal(B, G), ranks, candidates, mask=2)
     yield case("plackett_luce_loss", normal(B, G), ranks, candidates, mask=2)
+    lengths = np.abs(normal(B, G, scale=5.0)) + 1
+    yield case("length_moments", normal(B, G), lengths, candidates, constant=(1,), mask=2)
+    yield case(
+        "length_penalty_loss", normal(B, G), lengths, candidates, np.abs(normal(B)), normal(B), np.abs(normal(B)),
+        constant=(1, 3, 4, 5), mask=2,
+    )  # fmt: skip
     yield case("implicit_rewards", normal(B), normal(B), constant=(1,), beta=0.3)
     direct = {"differentiable": (0, 1), "constant": (2, 3)}
     yield case("dpo_loss", *four, **direct, beta=0.3, label_smoothing=0.1)

@@ -103,6 +103,26 @@ def plackett_luce(rewards, ranks, mask):
     )
 
 
+def length_moments(rewards, lengths, mask):
+    present = [i for i in range(len(rewards)) if mask[i]]
+    if not present:
+        return 0.0, 0.0, 0.0
+    reward, length = (sum(of[i] for i in present) / len(present) for of in (rewards, lengths))
+    return (
+        sum((rewards[i] - reward) ** 2 for i in present),
+        sum((rewards[i] - reward) * (lengths[i] - length) for i in present),
+        sum((lengths[i] - length) ** 2 for i in present),
+    )
+
+
+def length_penalty(rewards, lengths, mask, reward_variance, covariance, length_variance):
+    variance, shared, _ = length_moments(rewards, lengths, mask)
+    if reward_variance <= 0 or length_variance <= 0:
+        return 0.0
+    scale = reward_variance * length_variance
+    return 2 * covariance * shared / scale - covariance**2 * variance / (reward_variance * scale)
+
+
 def of_delta(function):
     return per_token(lambda w, l, rw, rl, **hyper: function((w - rw) - (l - rl), **hyper))  # noqa: E741
 
@@ -212,6 +232,8 @@ ORACLES = {
     "bradley_terry_loss": per_token(bradley_terry),
     "pairwise_ranking_loss": per_row(pairwise_ranking),
     "plackett_luce_loss": per_row(plackett_luce),
+    "length_moments": per_row(length_moments),
+    "length_penalty_loss": per_row(length_penalty),
     "implicit_rewards": per_token(lambda policy, ref, beta: beta * (policy - ref)),
     "dpo_loss": of_delta(smoothed),
     "ipo_loss": of_delta(lambda delta, beta: (delta - 0.5 / beta) ** 2),

@@ -86,3 +86,130 @@ def test_ranks_are_numbers():
             loss(rewards, mask, mask)
         with pytest.raises(ValueError, match=r"ranks must have the shape of rewards, \[1, 2\], got \[2\]"):
             loss(rewards, jnp.arange(2), mask)
+
+
+def test_how_likely_an_order_is_by_hand_and_against_the_cross_entropy():
+    """Three responses, of which the first two were compared 3 to 1: a quarter of their pair is the other way round."""
+    rewards, ranks, mask = (
+        np.array([[2.0, 1.0, 0.5]], np.float32),
+        np.array([[0, 1, 2]]),
+        np.ones((1, 3), bool),
+    )
+    likely = np.ones((1, 3, 3), np.float32)
+    likely[0, 0, 1], likely[0, 1, 0] = 0.75, 0.25
+    first = 0.75 * np.log1p(np.exp(-1.0)) + 0.25 * np.log1p(np.exp(1.0))
+    expected = (first + np.log1p(np.exp(-1.5)) + np.log1p(np.exp(-0.5))) / 3
+    found = losses.pairwise_ranking_loss(rewards, ranks, mask, likely)
+    assert float(found[0]) == pytest.approx(expected, rel=1e-6)
+    certain = losses.pairwise_ranking_loss(rewards, ranks, mask, np.ones((1, 3, 3), np.float32))
+    np.testing.assert_array_equal(certain, losses.pairwise_ranking_loss(rewards, ranks, mask))
+    # The gradient of a cross-entropy: what the rewards say less what the label says, over pairs.
+    gradient = jax.grad(lambda r: losses.pairwise_ranking_loss(r, ranks, mask, likely).sum())(rewards)
+    says = 1 / (1 + np.exp(-np.array([1.0, 1.5, 0.5]))) - np.array([0.75, 1.0, 1.0])
+    np.testing.assert_allclose(
+        gradient[0], [says[0] + says[1], says[2] - says[0], -says[1] - says[2]] / np.float32(3), rtol=1e-5
+    )
+    to_labels = jax.grad(lambda p: losses.pairwise_ranking_loss(rewards, ranks, mask, p).sum())(likely)
+    np.testing.assert_array_equal(to_labels, np.zeros_like(likely))
+    with pytest.raises(
+        ValueError, match=r"probability must have the shape of the pairs of rewards, \[1, 3, 3\]"
+    ):
+        losses.pairwise_ranking_loss(rewards, ranks, mask, np.ones((1, 3), np.float32))
+
+
+def test_labels_of_no_pair_are_not_read():
+    """Not those under the mask, of a tie, or the other way round."""
+    rng = np.random.default_rng(2)
+    rewards, ranks = rng.standard_normal((4, 3)).astype(np.float32), np.array([[0, 1, 1]] * 4)
+    mask = np.array([[True, True, False]] * 4)
+    likely = np.full((4, 3, 3), np.nan, np.float32)
+    likely[:, 0, 1] = 0.7
+    value, gradient = jax.value_and_grad(
+        lambda r: losses.pairwise_ranking_loss(r, ranks, mask, likely).sum()
+    )(rewards)
+    clean = np.where(np.isnan(likely), 0.2, likely).astype(np.float32)
+    same, slope = jax.value_and_grad(lambda r: losses.pairwise_ranking_loss(r, ranks, mask, clean).sum())(
+        rewards
+    )
+    assert value == same and np.isfinite(value)
+    np.testing.assert_array_equal(gradient, slope)
+
+
+@pytest.fixture(scope="module")
+def scored():
+    """Rewards that like length, of 12 prompts with 2 to 4 responses each."""
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(3, 40, (12, 4)).astype(np.float32)
+    rewards = (0.05 * lengths + rng.standard_normal((12, 4)) + rng.standard_normal((12, 1))).astype(
+        np.float32
+    )
+    return rewards, lengths, np.arange(4) < rng.integers(2, 5, (12, 1))
+
+
+def squared_correlation(rewards, lengths, mask):
+    """Of what is left of both when each prompt's mean is taken off, by NumPy's own correlation."""
+    left = [
+        np.concatenate(
+            [row[own] - row[own].mean() for row, own in zip(np.float64(values), mask, strict=True)]
+        )
+        for values in (rewards, lengths)
+    ]
+    return np.corrcoef(*left)[0, 1] ** 2
+
+
+def test_the_length_penalty_is_the_squared_correlation_and_has_its_gradient(scored):
+    """Also where the batch is taken in parts, each with the moments of the whole."""
+    rewards, lengths, mask = scored
+    exact = squared_correlation(*scored)
+    assert 0.1 < exact < 0.9
+
+    def moments(rewards):
+        return losses.length_moments(rewards, lengths, mask).mean(axis=0)
+
+    known = np.tile(moments(rewards), (12, 1)).T
+
+    def in_parts(rewards, parts):
+        rows = np.split(np.arange(12), parts)
+        return (
+            sum(losses.length_penalty_loss(rewards[i], lengths[i], mask[i], *known[:, i]).sum() for i in rows)
+            / 12
+        )
+
+    def directly(rewards):
+        variance, shared, spread = moments(rewards)
+        return shared**2 / (variance * spread)
+
+    expected = jax.grad(directly)(rewards)
+    for parts in (1, 3, 12):
+        value, gradient = jax.value_and_grad(in_parts)(rewards, parts)
+        assert float(value) == pytest.approx(exact, rel=1e-5)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_reward_of_no_prompt_s_own_lengths_is_not_penalised(scored):
+    """What differs between prompts only has no correlation within them, and neither have lengths that never differ."""
+    rewards, lengths, mask = scored
+    flat = np.repeat(lengths.mean(axis=1, keepdims=True), 4, axis=1)
+    for given, tokens in ((flat, lengths), (rewards, flat)):
+        found = np.tile(losses.length_moments(given, tokens, mask).mean(axis=0), (12, 1)).T
+        value, gradient = jax.value_and_grad(
+            lambda r, tokens=tokens, found=found: losses.length_penalty_loss(r, tokens, mask, *found).mean()
+        )(given)
+        assert float(value) == pytest.approx(0.0, abs=1e-6) and np.isfinite(gradient).all()
+
+
+def test_following_the_penalty_takes_length_out_of_a_reward(scored):
+    """Gradient descent on the penalty alone, from correlation to none."""
+    rewards, lengths, mask = scored
+
+    @jax.jit
+    def step(rewards):
+        found = jnp.tile(losses.length_moments(rewards, lengths, mask).mean(axis=0), (12, 1)).T
+        return rewards - 20.0 * jax.grad(
+            lambda r: losses.length_penalty_loss(r, lengths, mask, *found).mean()
+        )(rewards)
+
+    before = rewards
+    for _ in range(200):
+        rewards = step(rewards)
+    assert squared_correlation(rewards, lengths, mask) < 1e-3 < squared_correlation(before, lengths, mask)

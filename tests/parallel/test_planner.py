@@ -128,6 +128,8 @@ def test_rows_that_do_not_divide_are_refused(plan_main):
     ("stage", "changes", "message"),
     [
         ("reward_model", {"members": 4}, "config.members is 4"),
+        ("reward_model", {"kind": "all_pairs"}, "config.kind is 'all_pairs'"),
+        ("reward_model", {"length_penalty": 1.0}, "config.length_penalty is 1.0"),
         ("grpo", {"reward": "process"}, "config.reward is 'process'"),
         (
             "ppo",

@@ -15,7 +15,7 @@ from rlhf_jax.data.world import WorldConfig, demonstrations, world_tokenizer
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import decoder, heads
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.stages import inputs, reward_model, sft
+from rlhf_jax.stages import inputs, reward_objectives, sft
 from rlhf_jax.stages.inputs import BatchConfig, DataConfig
 
 WORDS = ["bold", "warm", "clever", "fresh", "great", "dull", "weak", "flat", "stale", "cheap"]
@@ -340,7 +340,7 @@ def test_a_narrow_batch_has_the_loss_of_the_same_pairs_at_full_width(folder):
     config = tiny(tokenizer)
     key = jax.random.key(0)
     params = decoder.init_params(config, key) | {"head": heads.init_scalar_head(config, key)}
-    objective = jax.jit(reward_model.make_objective(config))
+    objective = jax.jit(reward_objectives.make_objective(config))
     [(whole, _)] = batches.eval_batches(encoded, len(encoded))
     said = {tuple(row[mask].tolist()): i for i, (row, mask) in enumerate(_said(whole))}
     iterator = inputs.preference_batches(BatchConfig(num_buckets=2), encoded, batch_size=8, seed=3)

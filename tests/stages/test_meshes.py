@@ -14,7 +14,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import heads, huggingface
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
-from rlhf_jax.stages import dpo, inputs, ppo, reward_model, rollouts, sft, supervised
+from rlhf_jax.stages import dpo, inputs, ppo, reward_objectives, rollouts, sft, supervised
 from rlhf_jax.stages.preference_objectives import make_pair_objective
 from rlhf_jax.stages.run_directory import Purpose, load_model, open_run
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
@@ -62,7 +62,7 @@ def fixed_rows(stage, ladder, workdir, layout, stop=None):
         objective = sft.make_objective(model.config)
     else:
         split, encode, cut = inputs.load_preferences, batches.encode_preferences, batches.preference_batches
-        objective = reward_model.make_objective(model.config)
+        objective = reward_objectives.make_objective(model.config)
     if stage == "dpo":
         frozen = {"reference": jax.tree.map(jax.numpy.copy, params)}
         objective = make_pair_objective(model.config, config.loss)

@@ -15,7 +15,7 @@ from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import heads
 from rlhf_jax.rewards import ensembles
 from rlhf_jax.rewards import reward_model as scorer
-from rlhf_jax.stages import evaluate, grpo, ppo, reward_model, rollouts
+from rlhf_jax.stages import evaluate, grpo, ppo, reward_model, reward_objectives, rollouts
 from rlhf_jax.stages.run_directory import load_handoff_model
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -75,9 +75,9 @@ def test_an_ensemble_of_one_is_the_single_model_and_members_keep_to_their_own_pa
 
         return jax.jit(jax.value_and_grad(value))
 
-    alone = value_of(reward_model.make_objective(model.config, margin=0.1))
+    alone = value_of(reward_objectives.make_objective(model.config, margin=0.1))
     for members in (1, 3):
-        together = value_of(reward_model.make_ensemble_objective(model.config, members, margin=0.1))
+        together = value_of(reward_objectives.make_ensemble_objective(model.config, members, margin=0.1))
         found, gradients = together(ensembles.stack_members([single[i] for i in range(members)]), pairs)
         values = []
         for i in range(members):

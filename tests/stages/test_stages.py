@@ -13,7 +13,7 @@ import pytest
 from rlhf_jax import checkpoints
 from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import mean_of, read_metrics
-from rlhf_jax.stages import dpo, evaluate, online, ppo, reward_model, sft
+from rlhf_jax.stages import dpo, evaluate, online, ppo, reward_model, reward_objectives, sft
 from rlhf_jax.stages.preference_objectives import PreferenceLoss
 from rlhf_jax.stages.run_directory import changed_inputs
 from rlhf_jax.training.interrupt import StopRequest
@@ -92,7 +92,7 @@ def test_a_soft_label_is_the_cross_entropy_to_it(ladder):
     hard = dataclasses.replace(batch, probability=None)
     soft = np.array([0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 0.75, 0.55], np.float32)
     objective = jax.jit(
-        lambda b: reward_model.make_objective(model)(params, {}, b)[0]["bradley_terry"].mean()
+        lambda b: reward_objectives.make_objective(model)(params, {}, b)[0]["bradley_terry"].mean()
     )
     chosen, rejected = (
         np.asarray(rewards.score(model, params, side)) for side in (batch.chosen, batch.rejected)
