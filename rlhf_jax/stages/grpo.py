@@ -23,7 +23,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import process, reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import adapters, inputs, online, rollouts
+from rlhf_jax.stages import adapters, evaluations, inputs, online, rewards
 from rlhf_jax.training.forward import response_log_probs
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -69,8 +69,8 @@ class Config:
     num_epochs: int = 1
     num_minibatches: int = 1
     num_microbatches: int = 1
-    reward: rollouts.RewardKind = "model"
-    scoring: rollouts.Scoring = dataclasses.field(default_factory=rollouts.Scoring)
+    reward: rewards.RewardKind = "model"
+    scoring: rewards.Scoring = dataclasses.field(default_factory=rewards.Scoring)
     answer_weight: float = 0.0
     credit: Literal["response", "step"] = "response"
     baseline: Literal["group", "leave_one_out", "batch"] = "group"
@@ -87,7 +87,7 @@ class Config:
     early_stop_kl: float = 0.0
     rounds: int = 1
     temperature: float = 1.0
-    stop_when: rollouts.StopWhen = dataclasses.field(default_factory=rollouts.StopWhen)
+    stop_when: evaluations.StopWhen = dataclasses.field(default_factory=evaluations.StopWhen)
     lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1

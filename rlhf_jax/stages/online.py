@@ -19,7 +19,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.stages import adapters, data_reports, prompts, rollouts
+from rlhf_jax.stages import adapters, data_reports, evaluations, prompts, rewards, rollouts
 from rlhf_jax.stages.run_directory import (
     Model,
     Progress,
@@ -203,7 +203,7 @@ def train(
     params: Any,
     encoded: batches.Encoded,
     held_out: batches.Encoded,
-    reward: rollouts.Reward,
+    reward: rewards.Reward,
 ) -> OnlineState:
     """Trains ``params`` on what the policy among them says, to the end of the schedule; returns the last state.
 
@@ -222,9 +222,9 @@ def train(
       InputError: the batch does not divide into groups, minibatches, micro-batches and devices.
     """
     check_split(config, run.mesh, group_size=method.group_size, rows_of_group=method.rows_of_group)
-    gold = rollouts.gold_reward(config.data, model.tokenizer)
+    gold = rewards.gold_reward(config.data, model.tokenizer)
     evaluate = sharding.within(
-        run.mesh, rollouts.make_evaluate(run, config, model, held_out, reward=reward, gold=gold)
+        run.mesh, evaluations.make_evaluate(run, config, model, held_out, reward=reward, gold=gold)
     )
     settings = config.lora.settings
     if settings is not None:
@@ -362,7 +362,7 @@ def run(
         params={"decoder": model.params["decoder"]},
         encoded=encoded,
         held_out=held_out,
-        reward=rollouts.load_reward(config, reward_from, run_, model, encoded),
+        reward=rewards.load_reward(config, reward_from, run_, model, encoded),
     )
     trained = adapters.result(state.train.params, model.params, config.lora.settings)
     leave_handoff(run_, config, model, trained, made_from=list(where.values()), facts={})

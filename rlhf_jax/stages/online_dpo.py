@@ -21,7 +21,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import adapters, inputs, online, rollouts
+from rlhf_jax.stages import adapters, evaluations, inputs, online, rewards
 from rlhf_jax.stages.preference_objectives import PreferenceLoss, make_pair_objective
 from rlhf_jax.training.forward import response_log_probs
 from rlhf_jax.training.interrupt import StopRequest
@@ -52,13 +52,13 @@ class Config:
     num_epochs: int = 1
     num_minibatches: int = 1
     num_microbatches: int = 1
-    reward: rollouts.RewardKind = "model"
-    scoring: rollouts.Scoring = dataclasses.field(default_factory=rollouts.Scoring)
+    reward: rewards.RewardKind = "model"
+    scoring: rewards.Scoring = dataclasses.field(default_factory=rewards.Scoring)
     answer_weight: float = 0.0
     loss: PreferenceLoss = dataclasses.field(default_factory=PreferenceLoss)
     reference: Literal["start", "iteration"] = "start"
     missing_eos_score: float | None = None
-    stop_when: rollouts.StopWhen = dataclasses.field(default_factory=rollouts.StopWhen)
+    stop_when: evaluations.StopWhen = dataclasses.field(default_factory=evaluations.StopWhen)
     lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1

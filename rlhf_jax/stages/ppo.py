@@ -27,7 +27,7 @@ from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards import process, reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import adapters, inputs, online, prompts, rollouts
+from rlhf_jax.stages import adapters, evaluations, inputs, online, prompts, rewards
 from rlhf_jax.stages.run_directory import Model, Run, leave_handoff, load_model, open_run
 from rlhf_jax.training.forward import response_log_probs, response_values
 from rlhf_jax.training.interrupt import StopRequest
@@ -66,8 +66,8 @@ class Config:
     num_epochs: int = 4
     num_minibatches: int = 1
     num_microbatches: int = 1
-    reward: rollouts.RewardKind = "model"
-    scoring: rollouts.Scoring = dataclasses.field(default_factory=rollouts.Scoring)
+    reward: rewards.RewardKind = "model"
+    scoring: rewards.Scoring = dataclasses.field(default_factory=rewards.Scoring)
     answer_weight: float = 0.0
     credit: Literal["response", "step"] = "response"
     beta: float = 0.05
@@ -83,7 +83,7 @@ class Config:
     missing_eos_score: float | None = None
     early_stop_kl: float = 0.0
     temperature: float = 1.0
-    stop_when: rollouts.StopWhen = dataclasses.field(default_factory=rollouts.StopWhen)
+    stop_when: evaluations.StopWhen = dataclasses.field(default_factory=evaluations.StopWhen)
     lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
@@ -259,7 +259,7 @@ def run(
         num_eval_prompts=config.num_eval_prompts,
         responses_per_prompt=config.eval_responses_per_prompt,
     )
-    reward = rollouts.load_reward(config, reward_from, run_, model, encoded)
+    reward = rewards.load_reward(config, reward_from, run_, model, encoded)
     value_config, value = _initial_value(config, reward, run_, model)
     state = online.train(
         run_,
@@ -282,7 +282,7 @@ def run(
 
 
 def _initial_value(
-    config: Config, reward: rollouts.Reward, run_: Run, model: Model
+    config: Config, reward: rewards.Reward, run_: Run, model: Model
 ) -> tuple[ModelConfig, Any]:
     """The value model's shape and params: the reward model's, less its offset, or the policy's that answers 0.
 
@@ -307,7 +307,7 @@ def _initial_value(
             f"--reward_from={source.origin} was trained whole; train it from {model.origin} with the same "
             "--config.lora.*, or give rank 0"
         )
-    value, offset = rollouts.first_member(source)
+    value, offset = rewards.first_member(source)
     head = {"kernel": value["head"]["kernel"], "bias": value["head"]["bias"] - offset}
     if source.adapter is not None:
         return source.config, {"adapter": source.adapter["adapter"], "head": head}
