@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.data import batches
@@ -26,18 +28,101 @@ class StopWhen:
 
     kl_above: nats a response to the initial policy; 0: never. alarm: the members of the ensemble that is optimised
     disagree more than on the initial policy's responses (``ensembles.is_raised``); needs 100 held-out responses.
+    patience: so many evaluations in a row that bring no new best of ``measure``; 0: never. With it the run leaves the
+    policy of the best evaluation, the initial policy's among them, whatever ended it; that policy is kept in memory
+    and in checkpoints beside the one in training. measure: "gold", what the embedded data are really after, or
+    "held_out", the reward model of ``--held_out_reward_from``, which nothing optimises.
     """
 
     kl_above: float = 0.0
     alarm: bool = False
+    patience: int = 0
+    measure: Literal["gold", "held_out"] = "gold"
 
     def __post_init__(self) -> None:
-        check_range(self, "kl_above", at_least=0)
+        check_range(self, "kl_above", "patience", at_least=0)
+        if self.measure != "gold" and not self.patience:
+            raise InputError(
+                f"stop_when.measure is {self.measure!r}, which nothing reads without patience; give "
+                "stop_when.patience, or leave it out"
+            )
 
     def __call__(self, found: Mapping[str, float]) -> bool:
-        """Whether the numbers of an evaluation end the run."""
+        """Whether the numbers of one evaluation end the run, whatever came before."""
         too_far = self.kl_above > 0 and found["eval/kl"] > self.kl_above
         return too_far or (self.alarm and found["eval/alarm"] > 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Best:
+    """The best evaluation so far.
+
+    params: what was trained, as it was then. value: [] float32. step: [] int32, the iteration after which it was.
+    since: [] int32, evaluations since then.
+    """
+
+    params: Any
+    value: jax.Array
+    step: jax.Array
+    since: jax.Array
+
+
+def nothing_yet(params: Any) -> Best:
+    """Before the first evaluation."""
+    return Best(
+        params=jax.tree.map(jnp.copy, params),
+        value=jnp.float32(-math.inf),
+        step=jnp.int32(0),
+        since=jnp.int32(0),
+    )
+
+
+def follow(best: Best, params: Any, value: float, step: jax.Array) -> Best:
+    """``best`` after one more evaluation, of ``params`` after iteration ``step``; a NaN is never the best."""
+    value = np.float32(value)
+    is_better = bool(value > hosts.fetch(best.value))
+
+    def put(number: Any, like: jax.Array) -> jax.Array:
+        return jax.device_put(np.asarray(number, like.dtype), like.sharding)
+
+    if is_better:
+        # An update donates what it trains.
+        return Best(
+            params=jax.tree.map(jnp.copy, params),
+            value=put(value, best.value),
+            step=put(hosts.fetch(step), best.step),
+            since=put(0, best.since),
+        )
+    return dataclasses.replace(best, since=put(hosts.fetch(best.since) + 1, best.since))
+
+
+def check_stop_when(config: Any, *, gold: RowReward | None, held_out: RowReward | None) -> None:
+    """Refuses a patience with evaluations that never come, or with a measure that nobody takes.
+
+    ``config``: a stage's; ``stop_when``, ``schedule`` and ``data`` are read.
+
+    Raises:
+      InputError: names the option.
+    """
+    stop_when = config.stop_when
+    if not stop_when.patience:
+        return
+    if not config.schedule.eval_every:
+        raise InputError(
+            f"config.stop_when.patience is {stop_when.patience} evaluations, and config.schedule.eval_every is 0, "
+            "which evaluates the first and the last policy alone; give the iterations between evaluations"
+        )
+    if stop_when.measure == "gold" and gold is None:
+        raise InputError(
+            f"config.stop_when.measure is 'gold', which nobody knows of {config.data.path}; give 'held_out' and "
+            "--held_out_reward_from=<run of experiments.reward_model>"
+        )
+    if stop_when.measure == "held_out" and held_out is None:
+        raise InputError(
+            "config.stop_when.measure is 'held_out', which needs --held_out_reward_from=<run of "
+            "experiments.reward_model>, one that is not optimised"
+        )
 
 
 def make_evaluate(
@@ -53,12 +138,16 @@ def make_evaluate(
 
     ``config``: the stage's; ``seed``, ``sampling``, ``batch_size`` and ``stop_when`` are read.
     """
+    beside = {f"proxy_{number}": of_rows for number, of_rows in enumerate(reward.each, 1)}
+    if reward.held_out is not None:
+        beside["held_out"] = reward.held_out
     judge = policies.Judge(
         model=model.config,
         reference={"decoder": model.params["decoder"]},
         reward=reward.of_rows,
         gold=gold,
         tokenizer=model.tokenizer,
+        beside=beside,
     )
     sample = policies.make_sampler(judge, config.sampling, run.mesh, batch_size=config.batch_size)
     key = run.key(config.seed, Purpose.EVALUATION)
@@ -69,10 +158,22 @@ def make_evaluate(
     )
 
     def evaluate(params: Any) -> dict[str, float]:
-        found = policies.summarize(sample(params, held_out, key)) | alarm_of(params)
+        samples = sample(params, held_out, key)
+        found = policies.summarize(samples) | alarm_of(params)
+        if reward.judged is not None:
+            found |= _of_verdicts(samples)
         return {f"eval/{name}": value for name, value in found.items()}
 
     return evaluate
+
+
+def _of_verdicts(samples: Sequence[policies.Sample]) -> dict[str, float]:
+    """The mean of the verdicts that there are (of none 0, as of every metric), and the share of what has none."""
+    verdicts = [s.proxy for s in samples if not math.isnan(s.proxy)]
+    return {
+        "proxy": float(np.mean(verdicts)) if verdicts else 0.0,
+        "no_verdict": 1.0 - len(verdicts) / len(samples),
+    }
 
 
 def make_alarm(

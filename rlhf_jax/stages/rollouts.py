@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,27 +13,26 @@ import numpy as np
 from rlhf_jax.data import batches, mixtures
 from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.evaluation.policies import RowReward
-from rlhf_jax.metrics import mean_of
+from rlhf_jax.metrics import Total, mean_of, merge
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.rewards import reward_model
+from rlhf_jax.rewards import judges, reward_model
 from rlhf_jax.sampling.generate import SamplingConfig, generate
-from rlhf_jax.stages.run_directory import (
-    Model,
-    Run,
-)
+from rlhf_jax.stages.run_directory import Model, Run
 from rlhf_jax.types import Rollout, ScoredRollout
 
-# (policy params, batch of prompts, key, optimiser step) -> (what was sampled and scored, each row's prompt, metrics).
-Collect = Callable[
-    [Any, Mapping[str, np.ndarray], jax.Array, jax.Array], tuple[ScoredRollout, np.ndarray, dict]
-]
+# (policy params, batch of prompts, key, optimiser step, multiplier or None) -> (what was sampled and scored, each row's
+# prompt, metrics).
+Collect = Callable[..., tuple[ScoredRollout, np.ndarray, dict]]
+# (scores of K rewards [K, B], multiplier or None) -> what is optimised [B] float32.
+Combine = Callable[[jax.Array, jax.Array | None], jax.Array]
 
 
 def make_collect(
     rollout: Callable[..., Rollout],
     reward: Callable[[Rollout, np.ndarray], Any],
     *,
+    combine: Combine | None = None,
     step_scores: Callable[[Rollout, np.ndarray], tuple[jax.Array, jax.Array]] | None = None,
     group_size: int = 1,
     rounds: int = 1,
@@ -42,9 +42,12 @@ def make_collect(
 
     Args:
       rollout: see ``make_rollout``.
-      reward: ``reward(rollout, index of each row's prompt) -> [B]``: what is optimised.
-      step_scores: of the same arguments, what each step is worth and where steps end, for methods that give credit by
-        steps.
+      reward: ``reward(rollout, index of each row's prompt) -> [B]``: what is optimised; with ``combine``, [K, B]; of a
+        judge that may fail, ``judges.Judged``: what it gave no verdict on loses its response tokens, so that nothing is
+        learned from it.
+      combine: what is optimised of several rewards, whose means are the metrics ``proxy_1``, ``proxy_2``, ....
+      step_scores: of the arguments of ``reward``, what each step is worth and where steps end, for methods that give
+        credit by steps.
       group_size: responses a prompt.
       rounds: with more than one, a batch holds that many times the prompts: groups whose rewards are all equal are
         sampled anew from further prompts until all groups have a spread or the prompts run out (DAPO's dynamic
@@ -53,22 +56,26 @@ def make_collect(
         counts is the one after that. Scores are handed on as they are.
     """
 
-    def collect(params, prompts, key, step):
+    def collect(params, prompts, key, step, multiplier=None):
         count_of_prompts = len(prompts["index"]) // rounds
         found: list[ScoredRollout] = []
         spread: list[np.ndarray] = []
+        metrics: dict = {}
         for number in range(rounds):
             part = slice(number * count_of_prompts, (number + 1) * count_of_prompts)
             repeated = {name: np.repeat(x[part], group_size, axis=0) for name, x in prompts.items()}
             sampled = rollout(params, repeated, jax.random.fold_in(key, number), step)
-            scores = jnp.asarray(reward(sampled, repeated["index"]))
+            answer = reward(sampled, repeated["index"])
             steps, ends = (None, None) if step_scores is None else step_scores(sampled, repeated["index"])
+            sampled, scores, measured = _scored(sampled, answer, combine, multiplier)
+            metrics = merge(metrics, measured)
             found.append(ScoredRollout(rollout=sampled, scores=scores, step_scores=steps, step_mask=ends))
             if rounds == 1:
-                return found[0], repeated["index"], {}
+                return found[0], repeated["index"], metrics
             learned_from = reward_model.replace_unfinished(scores, sampled.terminated, missing_eos_score)
-            groups = hosts.fetch(learned_from).reshape(-1, group_size)
-            spread.append((groups != groups[:, :1]).any(axis=1))
+            groups, mask = hosts.fetch((learned_from, sampled.response_mask))
+            groups, judged = groups.reshape(-1, group_size), mask.any(axis=1).reshape(-1, group_size)
+            spread.append((groups != groups[:, :1]).any(axis=1) & judged.all(axis=1))
             if sum(kept.sum() for kept in spread) >= count_of_prompts:
                 break
         whether = np.concatenate(spread)
@@ -79,10 +86,39 @@ def make_collect(
         scored = jax.tree.map(
             lambda *parts: jnp.concatenate(parts)[rows] if parts[0].ndim else parts[0], *found
         )
-        metrics = {"rounds": mean_of(float(len(found))), "groups_with_spread": mean_of(whether[chosen])}
+        metrics |= {"rounds": mean_of(float(len(found))), "groups_with_spread": mean_of(whether[chosen])}
         return scored, np.repeat(prompts["index"][chosen], group_size), metrics
 
     return collect
+
+
+def _scored(
+    sampled: Rollout, answer: Any, combine: Combine | None, multiplier: jax.Array | None
+) -> tuple[Rollout, jax.Array, dict]:
+    """(the rollout, less what has no verdict; what is optimised [B]; metrics) of what a reward answered."""
+    if isinstance(answer, judges.Judged):
+        counts = {f"no_verdict_{reason}": Total(jnp.float32(n)) for reason, n in answer.reasons.items()}
+        metrics = {"no_verdict": mean_of(~answer.has_verdict)} | counts
+        return _forget(sampled, answer.has_verdict), jnp.asarray(answer.scores), metrics
+    if combine is None:
+        return sampled, jnp.asarray(answer), {}
+    metrics = {f"proxy_{number}": mean_of(scores) for number, scores in enumerate(answer, 1)}
+    return sampled, combine(answer, multiplier), metrics
+
+
+def _forget(rollout: Rollout, kept: np.ndarray) -> Rollout:
+    """The rollout in which rows that are not ``kept``, [B] bool, have no response tokens."""
+    mask = rollout.response_mask & kept[:, None]
+
+    def off_mask(x: jax.Array | None) -> jax.Array | None:
+        return None if x is None else jnp.where(mask, x, 0.0)
+
+    return dataclasses.replace(
+        rollout,
+        response_mask=mask,
+        log_probs=off_mask(rollout.log_probs),
+        policy_log_probs=off_mask(rollout.policy_log_probs),
+    )
 
 
 def make_rollout(run: Run, model: Model, sampling: SamplingConfig) -> Callable[..., Rollout]:

@@ -68,6 +68,11 @@ class Config:
     def __post_init__(self) -> None:
         counts = ("num_prompts", "width", "expansions", "step_length", "max_steps", "batch_size")
         check_range(self, *counts, at_least=1)
+        if self.scoring.weights:
+            raise InputError(
+                f"config.scoring.weights is {self.scoring.weights}, and a search asks one process reward model; "
+                "stop_when.patience, or leave it out"
+            )
 
 
 def run(
