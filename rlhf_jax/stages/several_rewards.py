@@ -36,7 +36,7 @@ class Constraint:
     """
 
     at_least: float | None = None
-    rate: float = 0.1
+    rate: float = 0.03
     limit: float = 10.0
 
     def __post_init__(self) -> None:

@@ -267,10 +267,11 @@ def test_what_a_language_model_cannot_judge_by_is_refused(ladder, tmp_path):
 
 def test_only_the_first_process_asks_and_the_others_get_its_answer(ladder, monkeypatch):
     """As the second of two processes, whose judge would not even start; what arrives has been through JSON."""
+    tokenizer = load_handoff_model(ladder.sft).tokenizer
     sent = {"scores": [1.5, 0.0], "has_verdict": [True, False], "reasons": {"late": 1}}
     monkeypatch.setattr(hosts, "decided_by_main", lambda decide: json.loads(json.dumps(sent)))
     judge = judges.CommandJudge("/no/such/judge", seconds=1.0, failures=1)
-    ask = judged_rewards.ask_command(judge, load_handoff_model(ladder.sft).tokenizer)
+    ask = judged_rewards.ask_command(judge, tokenizer)
     rows = [Prompt(prompt=prompt, source="a") for prompt in ("p", "q")]
     found = ask(rollout_of(2), rows)
     assert found.scores.dtype == np.float32 and found.scores.tolist() == [1.5, 0.0]
