@@ -48,7 +48,7 @@ def test_a_judge_that_knows_the_answer_finds_what_there_is_to_find(runs, tmp_pat
         return rewards.Reward(of_rows=of_rows)
 
     monkeypatch.setattr(search.verifiers, "gsm8k_reward", even)
-    monkeypatch.setattr(search.rollouts, "process_reward", process)
+    monkeypatch.setattr(search.rewards, "process_reward", process)
     found = search.run(CONFIG, tmp_path, stop=STOP, **runs)
     assert set(found["best_of_n"]) == {1, 2, 4}
     assert found["best_of_n"] == pytest.approx(found["any_right"])
