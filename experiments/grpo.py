@@ -11,8 +11,6 @@ Against a reward model, on the embedded film reviews:
     python -m experiments.grpo --workdir=runs/grpo --init_from=runs/sft --reward_from=runs/reward_model
 """
 
-from absl import flags
-
 from experiments import launch
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import config as configs
@@ -23,9 +21,9 @@ WORKDIR = launch.define_workdir()
 INIT_FROM = launch.define_init_from(
     "Run directory of SFT, or a Hugging Face directory: the initial policy and the frozen reference."
 )
-REWARD_FROM = flags.DEFINE_string(
-    "reward_from", "", "Run directory of the reward model, where --config.reward is 'model'."
-)
+REWARD_FROM = launch.define_reward_from()
+HELD_OUT_REWARD_FROM = launch.define_held_out_reward_from()
+JUDGE_FROM = launch.define_judge_from()
 PARALLELISM = launch.define_parallelism()
 MESH = launch.define_mesh()
 launch.define_distributed()
@@ -38,6 +36,8 @@ def main(stop):
         WORKDIR.value,
         init_from=INIT_FROM.value,
         reward_from=REWARD_FROM.value,
+        held_out_reward_from=HELD_OUT_REWARD_FROM.value,
+        judge_from=JUDGE_FROM.value,
         parallelism=PARALLELISM.value,
         mesh=meshes.make_mesh(MESH.value),
         stop=stop,

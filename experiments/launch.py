@@ -98,6 +98,34 @@ def define_init_from(what: str) -> flags.FlagHolder:
     return flags.DEFINE_string("init_from", None, what, required=True)
 
 
+def define_reward_from() -> flags.FlagHolder:
+    return flags.DEFINE_string(
+        "reward_from",
+        "",
+        "Run directory of the reward model, the frozen reward (and PPO's first value model), where --config.reward is "
+        "'model'; of a process reward model where it is 'process'. Several reward models with commas between them: "
+        "--config.scoring.weights adds them up, or --config.constraint.at_least keeps the second up.",
+    )
+
+
+def define_held_out_reward_from() -> flags.FlagHolder:
+    return flags.DEFINE_string(
+        "held_out_reward_from",
+        "",
+        "Run directory of a reward model that is measured at every evaluation and never optimised; "
+        "--config.stop_when.measure=held_out ends the run when it no longer improves.",
+    )
+
+
+def define_judge_from() -> flags.FlagHolder:
+    return flags.DEFINE_string(
+        "judge_from",
+        "",
+        "Run directory of a language model, or a Hugging Face directory, which compares responses to a prompt where "
+        "--config.reward is 'judge'; --config.judge.principle says by what.",
+    )
+
+
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
     """A frozen config dataclass as the ConfigDict that flags can override."""
     return ml_collections.ConfigDict(to_fields(config))

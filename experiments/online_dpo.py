@@ -9,8 +9,6 @@ Iterative: many prompts an iteration, many updates, and the policy that sampled 
         --config.schedule.num_steps=4 --config.reference=iteration
 """
 
-from absl import flags
-
 from experiments import launch
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import config as configs
@@ -21,9 +19,9 @@ WORKDIR = launch.define_workdir()
 INIT_FROM = launch.define_init_from(
     "Run directory of SFT, or a Hugging Face directory: the initial policy and the frozen reference."
 )
-REWARD_FROM = flags.DEFINE_string(
-    "reward_from", "", "Run directory of the reward model, where --config.reward is 'model'."
-)
+REWARD_FROM = launch.define_reward_from()
+HELD_OUT_REWARD_FROM = launch.define_held_out_reward_from()
+JUDGE_FROM = launch.define_judge_from()
 PARALLELISM = launch.define_parallelism()
 MESH = launch.define_mesh()
 launch.define_distributed()
@@ -36,6 +34,8 @@ def main(stop):
         WORKDIR.value,
         init_from=INIT_FROM.value,
         reward_from=REWARD_FROM.value,
+        held_out_reward_from=HELD_OUT_REWARD_FROM.value,
+        judge_from=JUDGE_FROM.value,
         parallelism=PARALLELISM.value,
         mesh=meshes.make_mesh(MESH.value),
         stop=stop,

@@ -11,8 +11,6 @@ Against a process reward model, paid as steps end: --config.reward=process --con
 --config.reward=answer or sentiment.
 """
 
-from absl import flags
-
 from experiments import launch
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import config as configs
@@ -23,12 +21,8 @@ WORKDIR = launch.define_workdir()
 INIT_FROM = launch.define_init_from(
     "Run directory of SFT, or a Hugging Face directory: the initial policy and the frozen reference."
 )
-REWARD_FROM = flags.DEFINE_string(
-    "reward_from",
-    "",
-    "Run directory of the reward model, the frozen reward and the initial value model, where --config.reward is "
-    "'model'; of a process reward model where it is 'process'.",
-)
+REWARD_FROM = launch.define_reward_from()
+HELD_OUT_REWARD_FROM = launch.define_held_out_reward_from()
 PARALLELISM = launch.define_parallelism()
 MESH = launch.define_mesh()
 launch.define_distributed()
@@ -41,6 +35,7 @@ def main(stop):
         WORKDIR.value,
         init_from=INIT_FROM.value,
         reward_from=REWARD_FROM.value,
+        held_out_reward_from=HELD_OUT_REWARD_FROM.value,
         parallelism=PARALLELISM.value,
         mesh=meshes.make_mesh(MESH.value),
         stop=stop,

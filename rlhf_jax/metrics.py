@@ -57,6 +57,13 @@ def mean_of(values) -> WeightedSum:
     return WeightedSum(values.sum(), jnp.float32(values.size))
 
 
+def mean_over_rows(values, mask) -> WeightedSum:
+    """The mean of ``values`` [B] over the rows in which ``mask`` [B, R] is True somewhere: those that say anything."""
+    counts = jnp.asarray(mask).any(axis=1)
+    values = jnp.where(counts, jnp.asarray(values, jnp.float32), 0.0)
+    return WeightedSum(values.sum(), counts.sum().astype(jnp.float32))
+
+
 def count(mask) -> Total:
     """The metric that counts the True entries of ``mask`` (any shape)."""
     return Total(jnp.asarray(mask).sum().astype(jnp.float32))

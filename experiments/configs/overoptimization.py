@@ -9,7 +9,7 @@ from experiments.configs import quickstart
 from experiments.ladder import own_fields
 from experiments.launch import to_config_dict
 from rlhf_jax.stages import best_of_n, reward_model, sft
-from rlhf_jax.stages.rollouts import Scoring
+from rlhf_jax.stages.rewards import Scoring
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig
 

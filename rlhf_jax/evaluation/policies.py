@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,10 @@ RowReward = Callable[[Rollout, Sequence[Any]], Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One response and what was measured of it; ``gold`` is None where there is no gold reward, ``kl`` is in nats."""
+    """One response and what was measured of it; ``gold`` is None where there is no gold reward, ``kl`` is in nats.
+
+    beside: name -> another reward.
+    """
 
     prompt: str
     response: str
@@ -42,6 +45,7 @@ class Sample:
     kl: float
     length: int
     terminated: bool
+    beside: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,7 @@ class Judge:
     """What every policy of a run is measured with.
 
     model: the shape shared by policy and reference. reference: params that KL is taken to. reward: the proxy.
-    gold: the gold reward, or None. tokenizer: turns ids into text.
+    gold: the gold reward, or None. tokenizer: turns ids into text. beside: name -> a reward that is measured besides.
     """
 
     model: ModelConfig
@@ -57,6 +61,7 @@ class Judge:
     reward: RowReward
     gold: RowReward | None
     tokenizer: Any
+    beside: Mapping[str, RowReward] = dataclasses.field(default_factory=dict)
 
 
 def response_texts(tokenizer: Any, rollout: Rollout) -> list[str]:
@@ -140,6 +145,7 @@ def make_sampler(judge: Judge, sampling: SamplingConfig, mesh: jax.sharding.Mesh
             rows = [encoded.rows[i].row for i in batch["index"]]
             proxy = hosts.fetch(judge.reward(rollout, rows))
             gold = None if judge.gold is None else judge.gold(rollout, rows)
+            beside = {name: hosts.fetch(of(rollout, rows)) for name, of in judge.beside.items()}
             rollout, kl = hosts.fetch((rollout, kl))
             responses = response_texts(judge.tokenizer, rollout)
             samples += [
@@ -151,6 +157,7 @@ def make_sampler(judge: Judge, sampling: SamplingConfig, mesh: jax.sharding.Mesh
                     kl=float(kl[i]),
                     length=int(rollout.response_mask[i].sum()),
                     terminated=bool(rollout.terminated[i]),
+                    beside={name: float(scores[i]) for name, scores in beside.items()},
                 )
                 for i in np.flatnonzero(real)
             ]
@@ -160,7 +167,8 @@ def make_sampler(judge: Judge, sampling: SamplingConfig, mesh: jax.sharding.Mesh
 
 
 def summarize(samples: Sequence[Sample]) -> dict[str, float]:
-    """Means over samples: proxy, gold (with its standard deviation, where there is one), kl, length, distinct_2."""
+    """Means over samples: proxy, gold (with its standard deviation, where there is one), kl, length, distinct_2,
+    terminated, and what was measured beside."""
     values = {
         "proxy": float(np.mean([s.proxy for s in samples])),
         "kl": float(np.mean([s.kl for s in samples])),
@@ -168,6 +176,7 @@ def summarize(samples: Sequence[Sample]) -> dict[str, float]:
         "distinct_2": distinct_n((s.response for s in samples), 2),
         "terminated": float(np.mean([s.terminated for s in samples])),
     }
+    values |= {name: float(np.mean([s.beside[name] for s in samples])) for name in samples[0].beside}
     if all(s.gold is not None for s in samples):
         gold = np.array([s.gold for s in samples])
         values["gold"] = float(gold.mean())

@@ -20,7 +20,7 @@ from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.evaluation import policies
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import inputs, prompts, rollouts
+from rlhf_jax.stages import inputs, prompts, rewards, rollouts
 from rlhf_jax.stages.run_directory import Purpose, check_same_family, check_scores, load_model, open_run
 from rlhf_jax.training import interrupt
 from rlhf_jax.training.interrupt import StopRequest
@@ -94,8 +94,8 @@ def run(
             "--config.data gives rows whose gold reward and labellers nobody knows; leave its path empty, and "
             "embedded at 'reviews'"
         )
-    rewards = {
-        "gold": rollouts.gold_reward(config.data, model.tokenizer),
+    scorers = {
+        "gold": rewards.gold_reward(config.data, model.tokenizer),
         "labeller": policies.text_reward(
             model.tokenizer,
             lambda row, response, ended: world.utility(config.data.world, row.prompt, response),
@@ -106,19 +106,19 @@ def run(
         reward = load_model(origin, run_)
         check_same_family(model, reward)
         check_scores(reward)
-        scored = rollouts.model_reward(reward, rollouts.Scoring())
-        rewards[name] = scored.of_rows if scored.of_members is None else _of_members(scored)
+        scored = rewards.model_reward(reward, rewards.Scoring())
+        scorers[name] = scored.of_rows if scored.of_members is None else _of_members(scored)
     asked = prompts.encode_held_out_prompts(run_, config.data, model, config.num_prompts)
     rows = prompts.in_rounds(asked, config.responses_per_prompt)
     sample = rollouts.make_rollout(run_, model, config.sampling)
     params, key = {"decoder": model.params["decoder"]}, run_.key(config.seed, Purpose.EVALUATION)
-    found: dict[str, list[np.ndarray]] = {name: [] for name in rewards}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in scorers}
     for number, (batch, real) in enumerate(batches.eval_batches(rows, config.batch_size)):
         interrupt.check(stop, "samples are kept once all are there")
         rollout = sample(params, batch, jax.random.fold_in(key, number), 0)
         of_rows = [rows.rows[i].row for i in batch["index"]]
-        for name, reward in rewards.items():
-            found[name].append(np.asarray(reward(rollout, of_rows), np.float32)[..., real])
+        for name, score in scorers.items():
+            found[name].append(np.asarray(score(rollout, of_rows), np.float32)[..., real])
     shape = (config.responses_per_prompt, len(asked))
     scores = {name: np.concatenate(parts, axis=-1) for name, parts in found.items()}
     scores = {name: np.swapaxes(x.reshape(*x.shape[:-1], *shape), -1, -2) for name, x in scores.items()}
@@ -128,6 +128,6 @@ def run(
     return scores
 
 
-def _of_members(scored: rollouts.Reward) -> policies.RowReward:
+def _of_members(scored: rewards.Reward) -> policies.RowReward:
     """The scores of each member, [E, B]."""
     return lambda rollout, rows: scored.of_members(rollout)

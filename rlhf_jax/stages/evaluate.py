@@ -15,7 +15,7 @@ from rlhf_jax.evaluation import policies
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import inputs, prompts, rollouts
+from rlhf_jax.stages import inputs, prompts, rewards
 from rlhf_jax.stages.run_directory import (
     Purpose,
     check_same_family,
@@ -87,8 +87,8 @@ def run(
     judge = policies.Judge(
         model=reference.config,
         reference={"decoder": reference.params["decoder"]},
-        reward=rollouts.model_reward(reward, rollouts.Scoring()).of_rows,
-        gold=rollouts.gold_reward(config.data, reference.tokenizer),
+        reward=rewards.model_reward(reward, rewards.Scoring()).of_rows,
+        gold=rewards.gold_reward(config.data, reference.tokenizer),
         tokenizer=reference.tokenizer,
     )
     sampling = SamplingConfig(max_new_tokens=config.data.response_length, temperature=config.temperature)

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from rlhf_jax import losses, masking
 from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.masking import WeightedSum
-from rlhf_jax.metrics import mean_of
+from rlhf_jax.metrics import mean_of, mean_over_rows
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import process, reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import adapters, inputs, online, rollouts
+from rlhf_jax.stages import adapters, evaluations, inputs, judged_rewards, online, rewards, several_rewards
 from rlhf_jax.training.forward import response_log_probs
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -35,24 +35,26 @@ from rlhf_jax.types import PolicyBatch, ScoredRollout
 class Config:
     """One run; ``schedule`` counts iterations (one batch of rollouts each).
 
-    batch_size: rollouts an iteration, ``group_size`` to a prompt. num_epochs, num_minibatches: passes over them, and
-    updates a pass. num_microbatches: parts of one update, for memory. reward: what is optimised: "model", a reward
-    model, or "process", one of steps (``--reward_from``), or "answer", 1 where the response's final number is the
-    prompt's answer and 0 elsewhere, or "sentiment", how happy it sounds (``rewards.sentiment``). scoring: how the
-    scores of an ensemble, or of steps, become one. answer_weight: so many times what "answer" gives are added to the
+    batch_size: rollouts an iteration, ``group_size`` to a prompt. num_epochs, num_minibatches: passes over them,
+    and updates a pass. num_microbatches: parts of one update, for memory. reward: what is optimised: "model",
+    a reward model, or "process", one of steps (``--reward_from``), or "answer", 1 where the response's final
+    number is the prompt's answer and 0 elsewhere, or "sentiment", how happy it sounds (``rewards.sentiment``),
+    or "judge", what a judge says. scoring: how the scores of an ensemble, of steps, or of several reward models
+    (``--reward_from=<run>,<run>``) become one. constraint: of two reward models the first is maximised while the
+    second is kept up. judge: whoever judges. answer_weight: so many times what "answer" gives are added to the
     reward of a model or a process, at the last step where steps get credit; 0: none. credit: who gets it: the whole
-    "response", or each "step" of a process reward model, and what was written before its end. baseline: what a reward
-    is held against: the mean of its group, of the others of its group, or of the batch. scale_advantages: whether they
-    are divided by the standard deviation (of the group, or of the batch). ratio: one importance ratio a token, or one
-    a sequence. clip_low, clip_high: it stays in [1 - low, 1 + high]. reduction: how token losses become one number;
-    see ``masking``. beta: KL penalty per nat. kl_in: where it is charged: "reward", the k1 estimate of the whole
-    response before the baseline; "loss", k3 a token (its gradient is the forward KL's), or "loss_k2", k2 a token (its
-    gradient is the reverse KL's). missing_eos_score: replaces the reward of a response that never ended; None keeps
-    it. early_stop_kl: an iteration's updates end once KL(old || new) per token exceeds it; 0 never. rounds: up to so
-    many times the prompts are sampled until every group has a spread (DAPO); 1 takes groups as they come. temperature:
-    of sampling, and of every log-prob. stop_when: what ends the run before its schedule. lora: whether the
-    policy is an adapter on the reference. num_eval_prompts: held-out prompts sampled at every evaluation;
-    eval_responses_per_prompt: responses to each.
+    "response", or each "step" of a process reward model, and what was written before its end. baseline: what a
+    reward is held against: the mean of its group, of the others of its group, or of the batch. scale_advantages:
+    whether they are divided by the standard deviation (of the group, or of the batch). ratio: one importance
+    ratio a token, or one a sequence. clip_low, clip_high: it stays in [1 - low, 1 + high]. reduction: how token
+    losses become one number; see ``masking``. beta: KL penalty per nat. kl_in: where it is charged: "reward",
+    the k1 estimate of the whole response before the baseline; "loss", k3 a token (its gradient is the forward
+    KL's), or "loss_k2", k2 a token (its gradient is the reverse KL's). missing_eos_score: replaces the reward
+    of a response that never ended; None keeps it. early_stop_kl: an iteration's updates end once KL(old || new)
+    per token exceeds it; 0 never. rounds: up to so many times the prompts are sampled until every group has a
+    spread (DAPO); 1 takes groups as they come. temperature: of sampling, and of every log-prob. stop_when: what
+    ends the run before its schedule. lora: whether the policy is an adapter on the reference. num_eval_prompts:
+    held-out prompts sampled at every evaluation; eval_responses_per_prompt: responses to each.
 
     GRPO is the default. RLOO: baseline "leave_one_out", scale_advantages False, kl_in "reward", reduction
     "sequence_mean_of_token_sums". REINFORCE: the same with baseline "batch". Dr. GRPO: scale_advantages False,
@@ -69,8 +71,10 @@ class Config:
     num_epochs: int = 1
     num_minibatches: int = 1
     num_microbatches: int = 1
-    reward: rollouts.RewardKind = "model"
-    scoring: rollouts.Scoring = dataclasses.field(default_factory=rollouts.Scoring)
+    reward: rewards.RewardKind = "model"
+    scoring: rewards.Scoring = dataclasses.field(default_factory=rewards.Scoring)
+    constraint: several_rewards.Constraint = dataclasses.field(default_factory=several_rewards.Constraint)
+    judge: judged_rewards.JudgeOptions = dataclasses.field(default_factory=judged_rewards.JudgeOptions)
     answer_weight: float = 0.0
     credit: Literal["response", "step"] = "response"
     baseline: Literal["group", "leave_one_out", "batch"] = "group"
@@ -87,7 +91,7 @@ class Config:
     early_stop_kl: float = 0.0
     rounds: int = 1
     temperature: float = 1.0
-    stop_when: rollouts.StopWhen = dataclasses.field(default_factory=rollouts.StopWhen)
+    stop_when: evaluations.StopWhen = dataclasses.field(default_factory=evaluations.StopWhen)
     lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
@@ -123,15 +127,19 @@ class Config:
         return SamplingConfig(max_new_tokens=self.data.response_length, temperature=self.temperature)
 
 
-def advantages_of(rewards: jax.Array, config: Config) -> jax.Array:
-    """[N, G] rewards -> [N, G] advantages, by ``config.baseline`` and ``config.scale_advantages``."""
+def advantages_of(rewards: jax.Array, config: Config, judged: jax.Array | bool = True) -> jax.Array:
+    """[N, G] rewards -> [N, G] advantages, by ``config.baseline`` and ``config.scale_advantages``.
+
+    judged: [N, G] bool, those that have a reward; a group has all of them or none.
+    """
     if config.baseline == "group":
         return losses.group_relative_advantages(rewards, scale=config.scale_advantages)
     if config.baseline == "leave_one_out":
         return losses.leave_one_out_advantages(rewards)
+    judged = jnp.broadcast_to(judged, rewards.shape)
     if config.scale_advantages:
-        return masking.masked_whiten(rewards, jnp.ones(rewards.shape, bool))
-    return rewards - jnp.mean(rewards, keepdims=True)
+        return masking.masked_whiten(rewards, judged)
+    return rewards - masking.masked_mean(rewards, judged)
 
 
 def reduce(x: jax.Array, mask: jax.Array, config: Config) -> WeightedSum:
@@ -205,7 +213,9 @@ def make_prepare(model: ModelConfig, config: Config):
                 scale=config.scale_advantages,
             )
         else:
-            advantages = advantages_of(rewards.reshape(-1, config.group_size), config).reshape(-1, 1)
+            judged = mask.any(axis=1).reshape(-1, config.group_size)
+            advantages = advantages_of(rewards.reshape(-1, config.group_size), config, judged)
+            advantages = advantages.reshape(-1, 1)
         batch = PolicyBatch(
             tokens=rollout.tokens,
             token_mask=rollout.token_mask,
@@ -216,8 +226,8 @@ def make_prepare(model: ModelConfig, config: Config):
         )
         groups = scores.reshape(-1, config.group_size)
         metrics = {
-            "score": mean_of(scores),
-            "kl": mean_of(kl),
+            "score": mean_over_rows(scores, mask),
+            "kl": mean_over_rows(kl, mask),
             "group_std": mean_of(jnp.std(groups, axis=1)),
             "no_spread": mean_of(jnp.all(groups == groups[:, :1], axis=1)),
             "sampler_gap": online.sampler_gap(rollout, log_probs),
@@ -247,10 +257,15 @@ def run(
     *,
     init_from: str,
     reward_from: str = "",
+    held_out_reward_from: str = "",
+    judge_from: str = "",
     parallelism: meshes.Parallelism = "jit",
     mesh: jax.sharding.Mesh | None = None,
     stop: StopRequest,
 ) -> None:
-    """Runs the stage to its hand-off; arguments and errors are those of ``online.run``."""
-    where = {"init_from": init_from, "reward_from": reward_from}
+    """Runs the stage to its hand-off; arguments and errors are those of ``online.run`` and ``rewards.Sources``."""
+    sources = rewards.Sources(
+        reward_from=reward_from, held_out_reward_from=held_out_reward_from, judge_from=judge_from
+    )
+    where = {"init_from": init_from, "sources": sources}
     online.run("grpo", config, workdir, make_method, **where, parallelism=parallelism, mesh=mesh, stop=stop)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -14,12 +16,12 @@ import numpy as np
 from rlhf_jax.data import batches
 from rlhf_jax.errors import InputError
 from rlhf_jax.masking import WeightedSum
-from rlhf_jax.metrics import Maximum, count, mean_of, merge
+from rlhf_jax.metrics import Maximum, count, mean_of, mean_over_rows, merge
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.stages import adapters, data_reports, prompts, rollouts
+from rlhf_jax.stages import adapters, data_reports, evaluations, prompts, rewards, rollouts, several_rewards
 from rlhf_jax.stages.run_directory import (
     Model,
     Progress,
@@ -39,11 +41,17 @@ from rlhf_jax.types import Rollout, ScoredRollout
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnlineState:
-    """What an iteration depends on. beta: [] float32, the KL penalty. iteration: [] int32, finished iterations."""
+    """What an iteration depends on.
+
+    beta: [] float32, the KL penalty. iteration: [] int32, finished iterations. multiplier: [] float32, of a constraint
+    on a second reward; None without one. best: of the evaluations, where the run has patience; else None.
+    """
 
     train: TrainState
     beta: jax.Array
     iteration: jax.Array
+    multiplier: jax.Array | None = None
+    best: evaluations.Best | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +108,7 @@ def make_iteration(
     num_epochs: int,
     num_minibatches: int,
     gold: Callable[[Rollout, np.ndarray], np.ndarray] | None = None,
+    next_multiplier: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> Callable[[OnlineState, Mapping[str, np.ndarray]], tuple[OnlineState, dict]]:
     """``iterate(state, prompts) -> (state, metrics)``: sample, score, update; runs on the host over compiled parts.
 
@@ -112,6 +121,7 @@ def make_iteration(
       num_epochs: passes over what was sampled.
       num_minibatches: updates a pass.
       gold: ``gold(rollout, index of each row's prompt) -> [B]``: measured and never trained on.
+      next_multiplier: see ``several_rewards``; it judges the present policy, by the metric ``proxy_2``.
     """
 
     def iterate(state: OnlineState, prompts: Mapping[str, np.ndarray]):
@@ -122,6 +132,7 @@ def make_iteration(
             prompts,
             jax.random.fold_in(key, Purpose.ROLLOUT),
             state.train.step,
+            state.multiplier,
         )
         batch, metrics = prepare(state.train.params, reference, scored, state.beta)
         metrics = metrics | found | _of_rollout(scored)
@@ -140,24 +151,34 @@ def make_iteration(
         beta = state.beta
         if method.next_beta is not None:
             beta = _next_finite(method.next_beta, beta, metrics["kl"])
-        state = OnlineState(train=train, beta=jnp.asarray(beta, jnp.float32), iteration=state.iteration + 1)
+        multiplier = state.multiplier
+        if next_multiplier is not None:
+            metrics["multiplier"] = mean_of(multiplier)
+            multiplier = _next_finite(next_multiplier, multiplier, metrics["proxy_2"])
+        state = OnlineState(
+            train=train,
+            beta=jnp.asarray(beta, jnp.float32),
+            iteration=state.iteration + 1,
+            multiplier=multiplier,
+            best=state.best,
+        )
         return state, metrics | updates
 
     return iterate
 
 
-def _next_finite(next_beta: Callable, beta: jax.Array, kl: WeightedSum) -> jax.Array:
-    """The next beta; the present one after an iteration whose KL is not finite, which would spoil all that follow."""
-    found = next_beta(beta, kl.total / kl.weight)
-    return jnp.where(jnp.isfinite(found), found, beta)
+def _next_finite(following: Callable, value: jax.Array, observed: WeightedSum) -> jax.Array:
+    """The next beta or multiplier; the present one where what was observed is not finite, which would spoil all."""
+    found = following(value, observed.total / observed.weight)
+    return jnp.where(jnp.isfinite(found), found, value)
 
 
 def _of_rollout(scored: ScoredRollout) -> dict:
     mask = scored.rollout.response_mask
     return {
-        "proxy": mean_of(scored.scores),
-        "length": mean_of(mask.sum(axis=1)),
-        "terminated": mean_of(scored.rollout.terminated),
+        "proxy": mean_over_rows(scored.scores, mask),
+        "length": mean_over_rows(mask.sum(axis=1), mask),
+        "terminated": mean_over_rows(scored.rollout.terminated, mask),
         "tokens": count(scored.rollout.token_mask),
     }
 
@@ -203,14 +224,14 @@ def train(
     params: Any,
     encoded: batches.Encoded,
     held_out: batches.Encoded,
-    reward: rollouts.Reward,
+    reward: rewards.Reward,
 ) -> OnlineState:
     """Trains ``params`` on what the policy among them says, to the end of the schedule; returns the last state.
 
     Args:
       run: the open run.
       config: the stage's config; ``seed``, ``data``, ``optimizer``, ``schedule``, ``batch_size``, ``num_epochs``,
-        ``num_minibatches``, ``num_microbatches``, ``stop_when``, ``lora`` and ``sampling`` are read.
+        ``num_minibatches``, ``num_microbatches``, ``stop_when``, ``constraint``, ``lora`` and ``sampling`` are read.
       method: see ``Method``.
       model: the start, which is also the frozen reference.
       params: what is trained (with ``config.lora``, by adapters); copied, because an update donates its own.
@@ -222,15 +243,17 @@ def train(
       InputError: the batch does not divide into groups, minibatches, micro-batches and devices.
     """
     check_split(config, run.mesh, group_size=method.group_size, rows_of_group=method.rows_of_group)
-    gold = rollouts.gold_reward(config.data, model.tokenizer)
+    gold = rewards.gold_reward(config.data, model.tokenizer)
+    evaluations.check_stop_when(config, gold=gold, held_out=reward.held_out)
     evaluate = sharding.within(
-        run.mesh, rollouts.make_evaluate(run, config, model, held_out, reward=reward, gold=gold)
+        run.mesh, evaluations.make_evaluate(run, config, model, held_out, reward=reward, gold=gold)
     )
     settings = config.lora.settings
     if settings is not None:
         params = adapters.detach(model.config, params, settings, run.key(config.seed, Purpose.ADAPTER))
         params = jax.device_put(params, sharding.parameter_sharding(run.mesh, model.config, params))
         method = _adapted(method, {"decoder": model.params["decoder"]}, settings)
+    next_multiplier = several_rewards.next_multiplier(config.constraint)
     optimizer = make_optimizer(
         config.optimizer, config.schedule.num_steps * config.num_epochs * config.num_minibatches
     )
@@ -240,13 +263,16 @@ def train(
         ),
         beta=jnp.float32(method.beta),
         iteration=jnp.zeros((), jnp.int32),
+        multiplier=None if next_multiplier is None else jnp.zeros((), jnp.float32),
+        best=evaluations.nothing_yet(params) if config.stop_when.patience else None,
     )
     places = sharding.mirrored(run.mesh, state, params, jax.tree.map(lambda x: x.sharding, params))
     iterate = make_iteration(
         method,
         collect=rollouts.make_collect(
             rollouts.make_rollout(run, model, config.sampling),
-            sharding.within(run.mesh, rollouts.of_prompts(reward.of_rows, encoded)),
+            sharding.within(run.mesh, rollouts.of_prompts(reward.of_samples, encoded)),
+            combine=reward.combine,
             step_scores=sharding.within(run.mesh, rollouts.of_prompts(reward.of_steps, encoded))
             if method.by_steps
             else None,
@@ -267,6 +293,7 @@ def train(
         num_epochs=config.num_epochs,
         num_minibatches=config.num_minibatches,
         gold=None if gold is None else rollouts.of_prompts(gold, encoded),
+        next_multiplier=next_multiplier,
     )
     iterator = batches.prompt_batches(
         encoded,
@@ -290,11 +317,35 @@ def train(
             stop=run.stop,
             evaluate=lambda state: counts | evaluate(method.policy_of(state.train.params)),
             skipped_updates=lambda state: state.train.skipped,
-            enough=config.stop_when,
+            evaluated=functools.partial(_evaluated, config.stop_when),
             sources_of=iterator.sources_of,
         )
     finally:
         progress.close()
+
+
+def _evaluated(
+    stop_when: evaluations.StopWhen, state: OnlineState, found: Mapping[str, float]
+) -> tuple[OnlineState, bool]:
+    """The state that remembers an evaluation, where it has to, and whether the run ends there."""
+    ended = stop_when(found)
+    if state.best is None:
+        return state, ended
+    value = found[f"eval/{stop_when.measure}"]
+    best = evaluations.follow(state.best, state.train.params, value, state.iteration)
+    return dataclasses.replace(state, best=best), ended or int(best.since) >= stop_when.patience
+
+
+def left(state: OnlineState) -> Any:
+    """What was trained, as the run leaves it: of the best evaluation, where it was asked to wait for a better one."""
+    return state.train.params if state.best is None else state.best.params
+
+
+def facts_of(state: OnlineState) -> dict[str, float]:
+    """Of a run that leaves its best evaluation: after which iteration that was, and what it measured."""
+    if state.best is None:
+        return {}
+    return {"best_iteration": int(state.best.step), "best_value": float(state.best.value)}
 
 
 def _adapted(method: Method, base: Any, settings: LoraConfig) -> Method:
@@ -319,7 +370,7 @@ def run(
     method_of: Callable[[ModelConfig, Any], Method],
     *,
     init_from: str,
-    reward_from: str,
+    sources: rewards.Sources,
     parallelism: meshes.Parallelism,
     mesh: jax.sharding.Mesh | None,
     stop: StopRequest,
@@ -333,7 +384,7 @@ def run(
       workdir: the run's directory.
       method_of: ``method_of(model config, config)``.
       init_from: the SFT run (or a Hugging Face directory): initial policy, and the frozen reference.
-      reward_from: the run of a reward model, or of a process reward model, unless ``config.reward`` is "answer".
+      sources: the runs of reward models.
       parallelism: how the update runs; sampling and scoring are always ``jit`` over the mesh.
       mesh: see ``parallel.mesh``; None puts all devices on its data axis.
       stop: looked at between iterations.
@@ -342,7 +393,7 @@ def run(
       InputError: anything the user gave that cannot be used, before any training.
       Interrupted: stopped on request, after saving.
     """
-    where = {"init_from": init_from} | ({"reward_from": reward_from} if reward_from else {})
+    where = {"init_from": init_from} | sources.inputs
     run_ = open_run(workdir, stage, config, inputs=where, parallelism=parallelism, mesh=mesh, stop=stop)
     if run_.finished:
         return
@@ -354,18 +405,20 @@ def run(
         num_eval_prompts=config.num_eval_prompts,
         responses_per_prompt=config.eval_responses_per_prompt,
     )
-    state = train(
-        run_,
-        config,
-        method_of(model.config, config),
-        model=model,
-        params={"decoder": model.params["decoder"]},
-        encoded=encoded,
-        held_out=held_out,
-        reward=rollouts.load_reward(config, reward_from, run_, model, encoded),
-    )
-    trained = adapters.result(state.train.params, model.params, config.lora.settings)
-    leave_handoff(run_, config, model, trained, made_from=list(where.values()), facts={})
+    reward = rewards.load_reward(config, sources, run_, model, encoded, held_out)
+    with contextlib.closing(reward):
+        state = train(
+            run_,
+            config,
+            method_of(model.config, config),
+            model=model,
+            params={"decoder": model.params["decoder"]},
+            encoded=encoded,
+            held_out=held_out,
+            reward=reward,
+        )
+    trained = adapters.result(left(state), model.params, config.lora.settings)
+    leave_handoff(run_, config, model, trained, made_from=list(where.values()), facts=facts_of(state))
 
 
 def check_split(

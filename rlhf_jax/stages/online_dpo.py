@@ -16,12 +16,12 @@ import jax.numpy as jnp
 
 from rlhf_jax import losses, masking
 from rlhf_jax.errors import InputError, check_range
-from rlhf_jax.metrics import mean_of
+from rlhf_jax.metrics import mean_of, mean_over_rows
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import adapters, inputs, online, rollouts
+from rlhf_jax.stages import adapters, evaluations, inputs, judged_rewards, online, rewards, several_rewards
 from rlhf_jax.stages.preference_objectives import PreferenceLoss, make_pair_objective
 from rlhf_jax.training.forward import response_log_probs
 from rlhf_jax.training.interrupt import StopRequest
@@ -34,13 +34,13 @@ from rlhf_jax.types import DemonstrationBatch, PreferenceBatch, Rollout, ScoredR
 class Config:
     """One run; ``schedule`` counts iterations (one batch of rollouts each).
 
-    batch_size: rollouts an iteration, ``group_size`` to a prompt, which give one pair. num_epochs, num_minibatches:
-    passes over the pairs, and updates a pass. num_microbatches: parts of one update. reward, scoring,
-    answer_weight: what labels, see ``stages.grpo``. loss: which loss on pairs, any but KTO; its temperature is that of
-    sampling too. reference: "start" is the SFT policy throughout, "iteration" the policy that sampled. stop_when: what
-    ends the run before its schedule. lora: whether the policy is an adapter on the reference. missing_eos_score:
-    replaces the reward of a response that never ended; None keeps it. num_eval_prompts: held-out prompts sampled at
-    every evaluation; eval_responses_per_prompt: responses to each.
+    batch_size: rollouts an iteration, ``group_size`` to a prompt, which give one pair. num_epochs,
+    num_minibatches: passes over the pairs, and updates a pass. num_microbatches: parts of one update. reward,
+    scoring, constraint, judge, answer_weight: what labels, see ``stages.grpo``. loss: which loss on pairs, any
+    but KTO; its temperature is that of sampling too. reference: "start" is the SFT policy throughout, "iteration"
+    the policy that sampled. stop_when: what ends the run before its schedule. lora: whether the policy is an
+    adapter on the reference. missing_eos_score: replaces the reward of a response that never ended; None keeps
+    it. num_eval_prompts: held-out prompts sampled at every evaluation; eval_responses_per_prompt: responses to each.
     """
 
     seed: int = 0
@@ -52,13 +52,15 @@ class Config:
     num_epochs: int = 1
     num_minibatches: int = 1
     num_microbatches: int = 1
-    reward: rollouts.RewardKind = "model"
-    scoring: rollouts.Scoring = dataclasses.field(default_factory=rollouts.Scoring)
+    reward: rewards.RewardKind = "model"
+    scoring: rewards.Scoring = dataclasses.field(default_factory=rewards.Scoring)
+    constraint: several_rewards.Constraint = dataclasses.field(default_factory=several_rewards.Constraint)
+    judge: judged_rewards.JudgeOptions = dataclasses.field(default_factory=judged_rewards.JudgeOptions)
     answer_weight: float = 0.0
     loss: PreferenceLoss = dataclasses.field(default_factory=PreferenceLoss)
     reference: Literal["start", "iteration"] = "start"
     missing_eos_score: float | None = None
-    stop_when: rollouts.StopWhen = dataclasses.field(default_factory=rollouts.StopWhen)
+    stop_when: evaluations.StopWhen = dataclasses.field(default_factory=evaluations.StopWhen)
     lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
@@ -110,7 +112,11 @@ def make_prepare(model: ModelConfig, config: Config):
         scores = reward_model.replace_unfinished(scored.scores, rollout.terminated, config.missing_eos_score)
         batch, apart = pairs_of(rollout, scores, config.group_size)
         kl = masking.masked_sum(losses.kl_k1(log_probs, ref_log_probs), rollout.response_mask, axis=1)
-        return batch, {"score": mean_of(scores), "kl": mean_of(kl), "ties": mean_of(~apart)}
+        return batch, {
+            "score": mean_over_rows(scores, rollout.response_mask),
+            "kl": mean_over_rows(kl, rollout.response_mask),
+            "ties": mean_of(~apart),
+        }
 
     return prepare
 
@@ -133,12 +139,17 @@ def run(
     *,
     init_from: str,
     reward_from: str = "",
+    held_out_reward_from: str = "",
+    judge_from: str = "",
     parallelism: meshes.Parallelism = "jit",
     mesh: jax.sharding.Mesh | None = None,
     stop: StopRequest,
 ) -> None:
-    """Runs the stage to its hand-off; arguments and errors are those of ``online.run``."""
-    where = {"init_from": init_from, "reward_from": reward_from}
+    """Runs the stage to its hand-off; arguments and errors are those of ``online.run`` and ``rewards.Sources``."""
+    sources = rewards.Sources(
+        reward_from=reward_from, held_out_reward_from=held_out_reward_from, judge_from=judge_from
+    )
+    where = {"init_from": init_from, "sources": sources}
     online.run(
         "online_dpo", config, workdir, make_method, **where, parallelism=parallelism, mesh=mesh, stop=stop
     )

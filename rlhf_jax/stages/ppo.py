@@ -9,6 +9,7 @@ where there is one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -20,14 +21,23 @@ import jax.numpy as jnp
 from rlhf_jax import losses, masking
 from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.masking import WeightedSum
-from rlhf_jax.metrics import mean_of
+from rlhf_jax.metrics import mean_of, mean_over_rows
 from rlhf_jax.models import heads
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards import process, reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import adapters, inputs, online, prompts, rollouts
+from rlhf_jax.stages import (
+    adapters,
+    evaluations,
+    inputs,
+    judged_rewards,
+    online,
+    prompts,
+    rewards,
+    several_rewards,
+)
 from rlhf_jax.stages.run_directory import Model, Run, leave_handoff, load_model, open_run
 from rlhf_jax.training.forward import response_log_probs, response_values
 from rlhf_jax.training.interrupt import StopRequest
@@ -41,21 +51,21 @@ class Config:
     """One PPO run; ``schedule`` counts iterations (one batch of rollouts each).
 
     batch_size: rollouts an iteration. num_epochs, num_minibatches: passes over them, and updates a pass.
-    num_microbatches: parts of one update, for memory. reward, scoring, answer_weight: what is optimised, see
-    ``stages.grpo``; the value model starts from a reward model of responses (of an ensemble the first member), else
-    from the policy, with a head that answers 0. credit: when it is paid: at the end of the whole "response", or each
-    "step" of a process reward model what it added to the score of the one before (``rewards.process.step_gains``), and
-    for an answer at the end of the last. beta: KL penalty per nat; 0 cuts the leash.
-    adaptive_kl_target: the KL (nats a response) that beta is steered to; 0 keeps beta fixed.
-    adaptive_kl_horizon: rollouts over which it adapts. gamma, lam: discount and trace decay of GAE. clip_low,
-    clip_high: the ratio stays in [1 - low, 1 + high]. value_clip: the same for values, in reward units.
-    value_coefficient: weight of the value loss. entropy_coefficient: weight of an entropy bonus.
-    missing_eos_score: replaces the reward of a response that never ended; None keeps it. early_stop_kl: an
-    iteration's updates end once KL(old || new) per token exceeds it; 0 never. temperature: of sampling, and of every
-    log-prob; nothing is truncated, so that samples come from the very policy that is scored. stop_when: what ends the
-    run before its schedule. lora: whether policy and value model are adapters on the one base, which reference and
-    reward model share. num_eval_prompts: held-out prompts sampled at every evaluation. eval_responses_per_prompt:
-    responses to each of them; more than one where prompts are few.
+    num_microbatches: parts of one update, for memory. reward, scoring, constraint, judge, answer_weight:
+    what is optimised, see ``stages.grpo``; the value model starts from a reward model of responses, if it is
+    the only one (of an ensemble the first member), else from the policy, with a head that answers 0. credit:
+    when it is paid: at the end of the whole "response", or each "step" of a process reward model what it
+    added to the score of the one before (``rewards.process.step_gains``), and for an answer at the end of
+    the last. beta: KL penalty per nat; 0 cuts the leash. adaptive_kl_target: the KL (nats a response) that
+    beta is steered to; 0 keeps beta fixed. adaptive_kl_horizon: rollouts over which it adapts. gamma, lam:
+    discount and trace decay of GAE. clip_low, clip_high: the ratio stays in [1 - low, 1 + high]. value_clip:
+    the same for values, in reward units. value_coefficient: weight of the value loss. entropy_coefficient:
+    weight of an entropy bonus. missing_eos_score: replaces the reward of a response that never ended; None keeps
+    it. early_stop_kl: an iteration's updates end once KL(old || new) per token exceeds it; 0 never. temperature:
+    of sampling, and of every log-prob; nothing is truncated, so that samples come from the very policy that is
+    scored. stop_when: what ends the run before its schedule. lora: whether policy and value model are adapters
+    on the one base, which reference and reward model share. num_eval_prompts: held-out prompts sampled at every
+    evaluation. eval_responses_per_prompt: responses to each of them; more than one where prompts are few.
     """
 
     seed: int = 0
@@ -66,8 +76,10 @@ class Config:
     num_epochs: int = 4
     num_minibatches: int = 1
     num_microbatches: int = 1
-    reward: rollouts.RewardKind = "model"
-    scoring: rollouts.Scoring = dataclasses.field(default_factory=rollouts.Scoring)
+    reward: rewards.RewardKind = "model"
+    scoring: rewards.Scoring = dataclasses.field(default_factory=rewards.Scoring)
+    constraint: several_rewards.Constraint = dataclasses.field(default_factory=several_rewards.Constraint)
+    judge: judged_rewards.JudgeOptions = dataclasses.field(default_factory=judged_rewards.JudgeOptions)
     answer_weight: float = 0.0
     credit: Literal["response", "step"] = "response"
     beta: float = 0.05
@@ -83,7 +95,7 @@ class Config:
     missing_eos_score: float | None = None
     early_stop_kl: float = 0.0
     temperature: float = 1.0
-    stop_when: rollouts.StopWhen = dataclasses.field(default_factory=rollouts.StopWhen)
+    stop_when: evaluations.StopWhen = dataclasses.field(default_factory=evaluations.StopWhen)
     lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
@@ -197,8 +209,8 @@ def make_prepare(model: ModelConfig, value_model: ModelConfig, config: Config):
         unexplained = masking.masked_mean((returns - values) ** 2, mask)
         variance = masking.masked_mean((returns - masking.masked_mean(returns, mask)) ** 2, mask)
         metrics = {
-            "score": mean_of(scores),
-            "kl": mean_of(masking.masked_sum(kl, mask, axis=1)),
+            "score": mean_over_rows(scores, mask),
+            "kl": mean_over_rows(masking.masked_sum(kl, mask, axis=1), mask),
             "beta": mean_of(beta),
             "value_explained_variance": mean_of(1.0 - unexplained / jnp.maximum(variance, 1e-8)),
             # The sampler and the trainer are two programs; this is how far they disagree on the same tokens.
@@ -228,6 +240,7 @@ def run(
     *,
     init_from: str,
     reward_from: str = "",
+    held_out_reward_from: str = "",
     parallelism: meshes.Parallelism = "jit",
     mesh: jax.sharding.Mesh | None = None,
     stop: StopRequest,
@@ -238,7 +251,7 @@ def run(
       config: see ``Config``.
       workdir: the run's directory.
       init_from: the SFT run (or a Hugging Face directory): initial policy, and the frozen reference.
-      reward_from: the run of a reward model, or of a process reward model, where ``config.reward`` is one.
+      reward_from, held_out_reward_from: see ``rewards.Sources``.
       parallelism: how the update runs; sampling and scoring are always ``jit`` over the mesh.
       mesh: see ``parallel.mesh``; None puts all devices on its data axis.
       stop: looked at between iterations.
@@ -247,7 +260,8 @@ def run(
       InputError: anything the user gave that cannot be used, before any training.
       Interrupted: stopped on request, after saving.
     """
-    where = {"init_from": init_from} | ({"reward_from": reward_from} if reward_from else {})
+    sources = rewards.Sources(reward_from=reward_from, held_out_reward_from=held_out_reward_from)
+    where = {"init_from": init_from} | sources.inputs
     run_ = open_run(workdir, "ppo", config, inputs=where, parallelism=parallelism, mesh=mesh, stop=stop)
     if run_.finished:
         return
@@ -259,30 +273,31 @@ def run(
         num_eval_prompts=config.num_eval_prompts,
         responses_per_prompt=config.eval_responses_per_prompt,
     )
-    reward = rollouts.load_reward(config, reward_from, run_, model, encoded)
+    reward = rewards.load_reward(config, sources, run_, model, encoded, held_out)
     value_config, value = _initial_value(config, reward, run_, model)
-    state = online.train(
-        run_,
-        config,
-        make_method(model.config, value_config, config),
-        model=model,
-        params={"policy": {"decoder": model.params["decoder"]}, "value": value},
-        encoded=encoded,
-        held_out=held_out,
-        reward=reward,
-    )
+    with contextlib.closing(reward):
+        state = online.train(
+            run_,
+            config,
+            make_method(model.config, value_config, config),
+            model=model,
+            params={"policy": {"decoder": model.params["decoder"]}, "value": value},
+            encoded=encoded,
+            held_out=held_out,
+            reward=reward,
+        )
     leave_handoff(
         run_,
         config,
         model,
-        adapters.result(state.train.params["policy"], model.params, config.lora.settings),
+        adapters.result(online.left(state)["policy"], model.params, config.lora.settings),
         made_from=list(where.values()),
-        facts={"beta": float(state.beta)},
+        facts={"beta": float(state.beta)} | online.facts_of(state),
     )
 
 
 def _initial_value(
-    config: Config, reward: rollouts.Reward, run_: Run, model: Model
+    config: Config, reward: rewards.Reward, run_: Run, model: Model
 ) -> tuple[ModelConfig, Any]:
     """The value model's shape and params: the reward model's, less its offset, or the policy's that answers 0.
 
@@ -307,7 +322,7 @@ def _initial_value(
             f"--reward_from={source.origin} was trained whole; train it from {model.origin} with the same "
             "--config.lora.*, or give rank 0"
         )
-    value, offset = rollouts.first_member(source)
+    value, offset = rewards.first_member(source)
     head = {"kernel": value["head"]["kernel"], "bias": value["head"]["bias"] - offset}
     if source.adapter is not None:
         return source.config, {"adapter": source.adapter["adapter"], "head": head}

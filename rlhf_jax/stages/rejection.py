@@ -18,13 +18,12 @@ import jax.numpy as jnp
 
 from rlhf_jax import losses, masking
 from rlhf_jax.errors import InputError, check_range
-from rlhf_jax.masking import WeightedSum
-from rlhf_jax.metrics import mean_of
+from rlhf_jax.metrics import mean_of, mean_over_rows
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import adapters, inputs, online, rollouts
+from rlhf_jax.stages import adapters, evaluations, inputs, judged_rewards, online, rewards, several_rewards
 from rlhf_jax.training.forward import response_log_probs
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -36,17 +35,17 @@ from rlhf_jax.types import DemonstrationBatch, ScoredBatch, ScoredRollout
 class Config:
     """One run; ``schedule`` counts iterations (one batch of rollouts each).
 
-    batch_size: rollouts an iteration, ``group_size`` to a prompt. num_epochs, num_minibatches: passes over them, and
-    updates a pass. num_microbatches: parts of one update. reward, scoring, answer_weight: see ``stages.grpo``. kind:
-    "best" imitates the best of each group (RFT); "advantage" weighs by exp of the reward beyond the group's mean
-    (AWR); "reward" by exp of the reward (RWR); "distribution" by the importance of the leashed optimum (GDC).
-    min_score: with "best", a response below it is not imitated even if it is the best; None imitates them all.
-    weight_temperature: divides rewards before exp, the leash's beta; max_weight: the largest weight (the metric
-    "capped" is the share of responses that reach it: at 1 all weigh the same, and nothing is learned but to imitate
-    oneself). stop_when: what ends the run before its schedule. lora: whether the policy is an adapter on the
-    reference. missing_eos_score: replaces the reward of a response that never ended; None keeps it. temperature: of
-    sampling, and of every log-prob. num_eval_prompts: held-out prompts sampled at every evaluation;
-    eval_responses_per_prompt: responses to each.
+    batch_size: rollouts an iteration, ``group_size`` to a prompt. num_epochs, num_minibatches: passes over them,
+    and updates a pass. num_microbatches: parts of one update. reward, scoring, constraint, judge, answer_weight:
+    see ``stages.grpo``. kind: "best" imitates the best of each group (RFT); "advantage" weighs by exp of the
+    reward beyond the group's mean (AWR); "reward" by exp of the reward (RWR); "distribution" by the importance
+    of the leashed optimum (GDC).  min_score: with "best", a response below it is not imitated even if it is the
+    best; None imitates them all. weight_temperature: divides rewards before exp, the leash's beta; max_weight:
+    the largest weight (the metric "capped" is the share of responses that reach it: at 1 all weigh the same,
+    and nothing is learned but to imitate oneself). stop_when: what ends the run before its schedule. lora:
+    whether the policy is an adapter on the reference. missing_eos_score: replaces the reward of a response
+    that never ended; None keeps it. temperature: of sampling, and of every log-prob. num_eval_prompts: held-out
+    prompts sampled at every evaluation; eval_responses_per_prompt: responses to each.
     """
 
     seed: int = 0
@@ -58,8 +57,10 @@ class Config:
     num_epochs: int = 1
     num_minibatches: int = 1
     num_microbatches: int = 1
-    reward: rollouts.RewardKind = "model"
-    scoring: rollouts.Scoring = dataclasses.field(default_factory=rollouts.Scoring)
+    reward: rewards.RewardKind = "model"
+    scoring: rewards.Scoring = dataclasses.field(default_factory=rewards.Scoring)
+    constraint: several_rewards.Constraint = dataclasses.field(default_factory=several_rewards.Constraint)
+    judge: judged_rewards.JudgeOptions = dataclasses.field(default_factory=judged_rewards.JudgeOptions)
     answer_weight: float = 0.0
     kind: Literal["best", "advantage", "reward", "distribution"] = "best"
     min_score: float | None = None
@@ -67,7 +68,7 @@ class Config:
     max_weight: float = 20.0
     missing_eos_score: float | None = None
     temperature: float = 1.0
-    stop_when: rollouts.StopWhen = dataclasses.field(default_factory=rollouts.StopWhen)
+    stop_when: evaluations.StopWhen = dataclasses.field(default_factory=evaluations.StopWhen)
     lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
@@ -106,11 +107,19 @@ def kept(scores: jax.Array, config: Config) -> jax.Array:
 
 
 def row_scores(
-    scores: jax.Array, log_probs: jax.Array, ref_log_probs: jax.Array, config: Config
+    scores: jax.Array,
+    log_probs: jax.Array,
+    ref_log_probs: jax.Array,
+    config: Config,
+    *,
+    judged: jax.Array | bool = True,
 ) -> jax.Array:
-    """What the objective makes of each row, [B] float32; ``log_probs``, ``ref_log_probs`` [B] of whole responses."""
+    """What the objective makes of each row, [B] float32.
+
+    log_probs, ref_log_probs: [B] of whole responses. judged: [B] bool, rows that have a score at all.
+    """
     if config.kind == "best":
-        return kept(scores, config).astype(jnp.float32)
+        return (kept(scores, config) & judged).astype(jnp.float32)
     if config.kind == "advantage":
         groups = scores.reshape(-1, config.group_size)
         return (groups - groups.mean(axis=1, keepdims=True)).reshape(-1)
@@ -118,7 +127,10 @@ def row_scores(
         return scores
     log_weights = ref_log_probs + scores / config.weight_temperature
     # Z of the target under the samples, so that weights average 1 whatever the scale of the rewards.
-    log_z = jax.nn.logsumexp(log_weights - log_probs) - math.log(scores.shape[0])
+    judged = jnp.broadcast_to(judged, scores.shape)
+    count = jnp.maximum(judged.sum(), 1).astype(jnp.float32)
+    log_z = jax.nn.logsumexp(jnp.where(judged, log_weights - log_probs, -jnp.inf)) - jnp.log(count)
+    log_z = jnp.where(judged.any(), log_z, 0.0)
     return log_weights - log_z
 
 
@@ -149,7 +161,7 @@ def make_objective(model: ModelConfig, config: Config):
                 values = losses.distribution_matching_loss(
                     sums, batch.behaviour_log_probs, batch.scores, max_weight=config.max_weight
                 )
-            term = WeightedSum(values.sum(), jnp.float32(values.shape[0]))
+            term = mean_over_rows(values, rows.response_mask)
         return {config.kind: term}, {"entropy": masking.token_mean(entropy, rows.response_mask)}
 
     return objective
@@ -172,14 +184,18 @@ def make_prepare(model: ModelConfig, config: Config):
             responses=DemonstrationBatch(
                 tokens=rollout.tokens, token_mask=rollout.token_mask, response_mask=mask
             ),
-            scores=row_scores(scores, sums, ref_sums, config),
+            scores=row_scores(scores, sums, ref_sums, config, judged=mask.any(axis=1)),
             behaviour_log_probs=sums,
         )
-        metrics = {"score": mean_of(scores), "kl": mean_of(sums - ref_sums)}
+        metrics = {
+            "score": mean_over_rows(scores, mask),
+            "kl": mean_over_rows(sums - ref_sums, mask),
+        }
         if config.kind == "best":
             metrics["kept"] = mean_of(batch.scores)
         else:
-            metrics["capped"] = mean_of(uncapped_log_weights(batch, config) >= math.log(config.max_weight))
+            capped = uncapped_log_weights(batch, config) >= math.log(config.max_weight)
+            metrics["capped"] = mean_over_rows(capped, mask)
         return batch, metrics
 
     return prepare
@@ -200,12 +216,17 @@ def run(
     *,
     init_from: str,
     reward_from: str = "",
+    held_out_reward_from: str = "",
+    judge_from: str = "",
     parallelism: meshes.Parallelism = "jit",
     mesh: jax.sharding.Mesh | None = None,
     stop: StopRequest,
 ) -> None:
-    """Runs the stage to its hand-off; arguments and errors are those of ``online.run``."""
-    where = {"init_from": init_from, "reward_from": reward_from}
+    """Runs the stage to its hand-off; arguments and errors are those of ``online.run`` and ``rewards.Sources``."""
+    sources = rewards.Sources(
+        reward_from=reward_from, held_out_reward_from=held_out_reward_from, judge_from=judge_from
+    )
+    where = {"init_from": init_from, "sources": sources}
     online.run(
         "rejection", config, workdir, make_method, **where, parallelism=parallelism, mesh=mesh, stop=stop
     )

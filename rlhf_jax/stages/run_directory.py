@@ -44,6 +44,7 @@ class Purpose(enum.IntEnum):
     DATA = 5
     ALARM = 6
     ADAPTER = 7
+    SCALE = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -320,7 +321,7 @@ def check_same_family(first: Model, second: Model, *, architecture: bool = False
         raise InputError(f"the models of {first.origin} and {second.origin} differ ({'; '.join(found)})")
 
 
-def check_scores(model: Model, *, steps: bool = False) -> None:
+def check_scores(model: Model, *, steps: bool = False, flag: str = "reward_from") -> None:
     """Refuses a model that is no reward model, or one of responses where one of ``steps`` is needed, and vice versa.
 
     Raises:
@@ -328,13 +329,11 @@ def check_scores(model: Model, *, steps: bool = False) -> None:
     """
     stage = "process_reward" if steps else "reward_model"
     if "head" not in model.params:
-        raise InputError(
-            f"--reward_from={model.origin} has no reward head; give a run of experiments.{stage}"
-        )
+        raise InputError(f"--{flag}={model.origin} has no reward head; give a run of experiments.{stage}")
     if steps != ("step_mark" in model.facts):
         made = "responses" if steps else "steps"
         raise InputError(
-            f"--reward_from={model.origin} is a reward model of {made}; give a run of experiments.{stage}, or "
+            f"--{flag}={model.origin} is a reward model of {made}; give a run of experiments.{stage}, or "
             f"--config.reward={'model' if steps else 'process'} where the stage has it"
         )
 

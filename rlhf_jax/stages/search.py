@@ -26,7 +26,7 @@ from rlhf_jax.rewards import verifiers
 from rlhf_jax.sampling.generate import SamplingConfig, generate
 from rlhf_jax.sampling.prompts import pad_prompts
 from rlhf_jax.sampling.step_beam import Place, Score, step_beam
-from rlhf_jax.stages import inputs, rollouts
+from rlhf_jax.stages import inputs, rewards
 from rlhf_jax.stages.prompts import encode_held_out_prompts
 from rlhf_jax.stages.run_directory import (
     Model,
@@ -64,11 +64,16 @@ class Config:
     max_steps: int = 8
     batch_size: int = 256
     temperature: float = 1.0
-    scoring: rollouts.Scoring = dataclasses.field(default_factory=rollouts.Scoring)
+    scoring: rewards.Scoring = dataclasses.field(default_factory=rewards.Scoring)
 
     def __post_init__(self) -> None:
         counts = ("num_prompts", "width", "expansions", "step_length", "max_steps", "batch_size")
         check_range(self, *counts, at_least=1)
+        if self.scoring.weights:
+            raise InputError(
+                f"config.scoring.weights is {self.scoring.weights}, and a search asks one process reward model; "
+                "stop_when.patience, or leave it out"
+            )
 
 
 def run(
@@ -252,7 +257,7 @@ def make_draw(
 
 def make_score(config: Config, run_: Run, judge: Model, prompts: Sequence[Sequence[int]]) -> Score:
     """``score(places) -> [N]`` float32: what the process reward model makes of the steps so far."""
-    reward = sharding.within(run_.mesh, rollouts.process_reward(judge, config.scoring).of_rows)
+    reward = sharding.within(run_.mesh, rewards.process_reward(judge, config.scoring).of_rows)
     pad_id = tokenizers.pad_id(judge.tokenizer)
     widths = config.data.prompt_length, config.data.response_length
 

@@ -22,7 +22,7 @@ from rlhf_jax.evaluation import policies
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling.generate import SamplingConfig
-from rlhf_jax.stages import inputs, prompts, rollouts
+from rlhf_jax.stages import inputs, prompts, rewards, rollouts
 from rlhf_jax.stages.run_directory import (
     Purpose,
     check_same_family,
@@ -93,7 +93,7 @@ def run(
     judge = policies.Judge(
         model=first.config,
         reference={"decoder": first.params["decoder"]},
-        reward=rollouts.sentiment_reward(first.tokenizer),
+        reward=rewards.sentiment_reward(first.tokenizer),
         gold=None,
         tokenizer=first.tokenizer,
     )

@@ -61,7 +61,7 @@ def fit(
     stop: StopRequest,
     evaluate: Callable[[Any], Mapping[str, float]] | None = None,
     skipped_updates: Callable[[Any], jax.Array] | None = None,
-    enough: Callable[[Mapping[str, float]], bool] | None = None,
+    evaluated: Callable[[Any, Mapping[str, float]], tuple[Any, bool]] | None = None,
     sources_of: Callable[[int], Sequence[str]] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Any:
@@ -80,7 +80,8 @@ def fit(
       stop: looked at between steps; on request the loop saves and raises ``Interrupted``.
       evaluate: ``evaluate(state) -> values``, written under the names it returns.
       skipped_updates: reads the number of consecutive skipped updates from a state.
-      enough: ``enough(what evaluate returned)`` -> whether training ends there, as if that step were the last.
+      evaluated: ``evaluated(state, what evaluate returned)`` -> (the state that goes on, whether training ends there,
+        as if that step were the last); the evaluation at step 0 ends nothing.
       sources_of: ``sources_of(number of a batch, from 0)`` -> where its rows came from, for the message of a run that
         ends because of them.
       clock: seconds, for ``schedule.save_every_minutes``.
@@ -102,7 +103,10 @@ def fit(
         write = (lambda step, values: None) if writer is None else writer.write
         flush = (lambda: None) if writer is None else writer.flush
         if restored is None and evaluate is not None:
-            write(0, evaluate(state))
+            found = dict(evaluate(state))
+            write(0, found)
+            if evaluated is not None:
+                state, _ = evaluated(state, found)
         saved, saved_at = done if restored is not None else None, clock()
         asked, _ = _agree(stop, False)
         while done < schedule.num_steps and not ended and asked is None:
@@ -118,7 +122,8 @@ def fit(
             row, found = {}, {}
             if evaluate is not None and _evaluates(schedule, done):
                 found = dict(evaluate(state))
-                ended = enough is not None and enough(found)
+                if evaluated is not None:
+                    state, ended = evaluated(state, found)
             last = ended or done == schedule.num_steps
             if last or done % schedule.log_every == 0:
                 row, pending = pending.values(), Accumulator()

@@ -17,7 +17,7 @@ from rlhf_jax.models import decoder
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import hlo, planner
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.stages.rollouts import Scoring
+from rlhf_jax.stages.rewards import Scoring
 
 ROOT = pathlib.Path(__file__).parents[2]
 CHIP = planner.Chip(memory=1000, flops=100.0, bandwidth=10.0, links=4.0)

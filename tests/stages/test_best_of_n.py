@@ -9,7 +9,7 @@ import pytest
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluation import policies
 from rlhf_jax.rewards import ensembles
-from rlhf_jax.stages import best_of_n, inputs, reward_model, rollouts
+from rlhf_jax.stages import best_of_n, inputs, reward_model, rewards, rollouts
 from rlhf_jax.stages.run_directory import load_handoff_model
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 
@@ -22,7 +22,7 @@ CONFIG = best_of_n.Config(data=DATA, num_prompts=5, responses_per_prompt=8, batc
 def test_rows_are_prompts_columns_are_responses_and_proxies_share_them(ladder, tmp_path, monkeypatch):
     """Gold is replaced by the prompt's own number, and the length of the response is the second proxy's business."""
     prompts = [row.prompt for row in inputs.load_prompts(DATA).held_out[:5]]
-    real = rollouts.gold_reward(DATA, None)
+    real = rewards.gold_reward(DATA, None)
     assert real is not None
 
     def gold(data, tokenizer):
@@ -30,7 +30,7 @@ def test_rows_are_prompts_columns_are_responses_and_proxies_share_them(ladder, t
             tokenizer, lambda row, response, ended: prompts.index(row.prompt) + len(response) / 1000
         )
 
-    monkeypatch.setattr(rollouts, "gold_reward", gold)
+    monkeypatch.setattr(rewards, "gold_reward", gold)
     where = {"policy_from": ladder.sft, "rewards_from": {"a": ladder.reward_model, "b": ladder.reward_model}}
     found = best_of_n.run(CONFIG, tmp_path, stop=STOP, **where)
     assert set(found) == {"gold", "labeller", "log_prob", "a", "b"} and found["a"].shape == (5, 8)

@@ -17,9 +17,9 @@ from rlhf_jax.data.rows import ProcessSteps, Prompt
 from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import decoder, heads
-from rlhf_jax.stages import grpo, inputs, ppo, process_reward, rollouts, sft
+from rlhf_jax.stages import grpo, inputs, ppo, process_reward, rewards, sft
 from rlhf_jax.stages.inputs import DataConfig
-from rlhf_jax.stages.rollouts import Scoring
+from rlhf_jax.stages.rewards import Scoring
 from rlhf_jax.stages.run_directory import load_handoff_model
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -184,7 +184,7 @@ def test_steps_of_a_rollout_are_scored_where_they_end(runs):
     model = load_handoff_model(runs / "process")
     texts = ["3+4+0=7;#### 7", "3;", "", "1" * 30]
     reward = {
-        kind: rollouts.process_reward(model, rollouts.Scoring(steps=kind))
+        kind: rewards.process_reward(model, rewards.Scoring(steps=kind))
         for kind in ("minimum", "product", "last")
     }
     rollout = rollout_of(model, texts)
@@ -211,12 +211,12 @@ def test_a_right_answer_is_added_where_the_last_step_ends(runs):
     """3+4 is 7: the first row is right, the second wrong, the third says nothing, the fourth is cut off."""
     model = load_handoff_model(runs / "process")
     rollout = rollout_of(model, ["3+4+0=7;#### 7", "3+4+0=7;#### 8", "", "#### 7;" + "1" * 30])
-    plain = rollouts.process_reward(model, rollouts.Scoring(steps="product"))
+    plain = rewards.process_reward(model, rewards.Scoring(steps="product"))
     rows = [Prompt(prompt="3+4=", answer="7", source="a:1")] * 4
-    answer = rollouts._answer_reward(model.tokenizer)
+    answer = rewards._answer_reward(model.tokenizer)
     right = np.asarray(answer(rollout, rows))
     assert right.tolist() == [1.0, 0.0, 0.0, 0.0]
-    both = rollouts.with_answer(plain, answer, 0.5)
+    both = rewards.with_answer(plain, answer, 0.5)
     np.testing.assert_allclose(
         both.of_rows(rollout, rows), plain.of_rows(rollout, rows) + 0.5 * right, rtol=1e-6
     )
@@ -226,7 +226,7 @@ def test_a_right_answer_is_added_where_the_last_step_ends(runs):
     expected = before.copy()
     expected[0, 14] += 0.5  # " 3+4+0=7;#### 7" is 14 tokens, and EOS ends the last step
     np.testing.assert_allclose(after, expected, rtol=1e-6)
-    of_model = rollouts.with_answer(rollouts.Reward(of_rows=plain.of_rows), answer, 0.5)
+    of_model = rewards.with_answer(rewards.Reward(of_rows=plain.of_rows), answer, 0.5)
     assert of_model.of_steps is None
 
 

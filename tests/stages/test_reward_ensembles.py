@@ -15,7 +15,7 @@ from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import heads
 from rlhf_jax.rewards import ensembles
 from rlhf_jax.rewards import reward_model as scorer
-from rlhf_jax.stages import evaluate, grpo, ppo, reward_model, reward_objectives, rollouts
+from rlhf_jax.stages import evaluate, evaluations, grpo, ppo, reward_model, reward_objectives, rewards
 from rlhf_jax.stages.run_directory import load_handoff_model
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -125,8 +125,8 @@ def test_the_aggregation_asked_for_is_what_scores(members, ensemble):
         "worst_case": each.min(0),
         "mean_minus_variance": each.mean(0) - 2.0 * ((each - each.mean(0)) ** 2).mean(0),
     }[members]
-    scoring = rollouts.Scoring(members=members, penalty=2.0)
-    found = rollouts.model_reward(trained, scoring).of_rows(rollout, [None] * 4)
+    scoring = rewards.Scoring(members=members, penalty=2.0)
+    found = rewards.model_reward(trained, scoring).of_rows(rollout, [None] * 4)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -136,7 +136,7 @@ def test_ppo_grpo_and_the_evaluation_take_an_ensemble(ensemble, ladder, tmp_path
     proxies = {}
     for members in ("mean", "worst_case"):
         config = dataclasses.replace(
-            PPO, scoring=rollouts.Scoring(members=members), schedule=Schedule(num_steps=1)
+            PPO, scoring=rewards.Scoring(members=members), schedule=Schedule(num_steps=1)
         )
         ppo.run(config, tmp_path / members, stop=STOP, **where)
         proxies[members] = rows_of(tmp_path / members)[0]["eval/proxy"]
@@ -195,7 +195,7 @@ STOPPING = grpo.Config(
 
 
 @pytest.mark.parametrize(
-    "stop_when", [rollouts.StopWhen(kl_above=1.0), rollouts.StopWhen(alarm=True)], ids=["kl", "alarm"]
+    "stop_when", [evaluations.StopWhen(kl_above=1.0), evaluations.StopWhen(alarm=True)], ids=["kl", "alarm"]
 )
 def test_a_run_ends_at_the_first_evaluation_that_is_too_much(stop_when, ensemble, ladder, tmp_path):
     """And the same command again ends in the same place, from the checkpoint it left."""
@@ -221,7 +221,7 @@ def test_a_run_ends_at_the_first_evaluation_that_is_too_much(stop_when, ensemble
 
 
 def test_an_alarm_needs_an_ensemble_and_enough_responses(ensemble, ladder, tmp_path):
-    config = dataclasses.replace(STOPPING, stop_when=rollouts.StopWhen(alarm=True))
+    config = dataclasses.replace(STOPPING, stop_when=evaluations.StopWhen(alarm=True))
     with pytest.raises(
         InputError, match="config.stop_when.alarm is on, which needs an ensemble; give --reward_from"
     ):
@@ -239,4 +239,4 @@ def test_what_an_ensemble_cannot_do_is_refused():
     ):
         dataclasses.replace(REWARD, members=2, optimizer=OptimizerConfig(weight_decay=0.1))
     with pytest.raises(InputError, match="penalty is -1.0; it must be at least 0"):
-        rollouts.Scoring(penalty=-1.0)
+        rewards.Scoring(penalty=-1.0)

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_jax import checkpoints
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.stages import online, ppo, reward_model, rollouts, sft
+from rlhf_jax.stages import evaluations, online, ppo, reward_model, sft
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig
@@ -38,7 +38,7 @@ def spec(tree, *names):
 def test_each_role_is_laid_out_by_its_own_shape(ladder, narrow_reward, tmp_path, monkeypatch):
     """Policy and reference split heads over tensor; the reward model and the value model made of it have one head,
     and keep their queries whole; a step on that mesh is the step on one device."""
-    monkeypatch.setattr(rollouts, "make_evaluate", lambda *args, **kwargs: lambda params: {})
+    monkeypatch.setattr(evaluations, "make_evaluate", lambda *args, **kwargs: lambda params: {})
     roles, train = [], online.train
 
     def watched(run, config, method, *, model, params, reward, **rest):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.stages import process_reward, rollouts, search, sft
+from rlhf_jax.stages import process_reward, rewards, search, sft
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 
 from .conftest import SFT, StopAfter
@@ -45,10 +45,10 @@ def test_a_judge_that_knows_the_answer_finds_what_there_is_to_find(runs, tmp_pat
             judged.append(mask.sum(axis=1))
             return (characters % 2 == 0).astype(np.float32)
 
-        return rollouts.Reward(of_rows=of_rows)
+        return rewards.Reward(of_rows=of_rows)
 
     monkeypatch.setattr(search.verifiers, "gsm8k_reward", even)
-    monkeypatch.setattr(search.rollouts, "process_reward", process)
+    monkeypatch.setattr(search.rewards, "process_reward", process)
     found = search.run(CONFIG, tmp_path, stop=STOP, **runs)
     assert set(found["best_of_n"]) == {1, 2, 4}
     assert found["best_of_n"] == pytest.approx(found["any_right"])
