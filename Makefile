@@ -52,7 +52,8 @@ test-slow: setup
 test-plan: setup-plan
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(VENV)-plan/bin/python -m pytest tests/parallel/test_planner.py
 
-# Each stage killed with -9 at twenty random moments: its parameters end in the bits of an undisturbed run. A few minutes.
+# Each of seven stages killed with -9 at twenty random moments: its parameters end in the bits of an undisturbed run. Half an
+# hour in all beside much other work on two cores; SFT alone 35 s on quiet ones. Last result: docs/log.md.
 soak: setup
 	$(BIN)/python -m tests.system.soak --stage=all --kills=20
 

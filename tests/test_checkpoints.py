@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import grain
 import jax
@@ -119,6 +120,27 @@ def test_a_step_saved_anew_has_digests_of_its_own(tmp_path):
     saver.close()
     step, state, *_ = restore(tmp_path)
     assert (step, float(state["w"][0, 0])) == (3, 7.0)
+
+
+def test_a_bundle_holds_what_was_so_when_it_was_saved_however_late_it_is_written(tmp_path, monkeypatch):
+    """A loop counts on in the very dict that it has handed over, and a busy disk writes when it can."""
+    handler, counted_on = checkpoints.ocp.JsonCheckpointHandler, threading.Event()
+    write = handler._save_fn
+
+    async def write_late(*args):
+        assert counted_on.wait(60)
+        await write(*args)
+
+    monkeypatch.setattr(handler, "_save_fn", write_late)
+    saver, iterator, sums = Checkpoints(tmp_path), numbers(), {"x": [5.0, 1.0]}
+    saver.save(1, state_of(1), iterator, {"pending": {"sums": sums}})
+    sums["x"] = [11.0, 2.0]
+    next(iterator)
+    counted_on.set()
+    saver.close()
+    step, _, host, batch = restore(tmp_path)
+    assert (step, host) == (1, {"pending": {"sums": {"x": [5.0, 1.0]}}})
+    np.testing.assert_array_equal(batch, next(numbers()))
 
 
 def test_what_one_process_cannot_read_no_process_reads(tmp_path, monkeypatch, caplog):

@@ -8,6 +8,7 @@ the name of every axis of every parameter for a sharding table to map onto a mes
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -209,12 +210,26 @@ def embed(
 ) -> jax.Array:
     """tokens, token_mask, positions [B, S] -> [B, S, D] in the compute dtype; padding reads row 0, whatever id
     it carries. ``tables`` holds ``embedding`` and, where positions are learned, ``position_embedding``."""
-    x = jnp.take(tables["embedding"], jnp.where(token_mask, tokens, 0), axis=0)
+    x = _look_up(tables["embedding"], jnp.where(token_mask, tokens, 0))
     if config.scaled_embeddings:
         x = x * config.width**0.5
     if config.positions == "learned":
         x = x + jnp.take(tables["position_embedding"], jnp.where(token_mask, positions, 0), axis=0)
     return x.astype(config.compute_dtype)
+
+
+def _look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows [B, S, D] of the embedding [V, D].
+
+    Where a mesh splits the vocabulary, each device looks up the ids that it holds, at full width, and the parts are
+    summed (Shoeybi et al. 2019, section 3). Left to itself XLA gathers the whole vocabulary where the width is split
+    too. Where the width alone is split its own way is kept: a part of every row, exchanged afterwards.
+    """
+    axes = jax.tree.leaves(tuple(nn.logical_to_mesh_axes(("vocab",))))
+    split = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+    if split > 1 and table.shape[0] % split == 0:
+        table = nn.with_logical_constraint(table, ("vocab", "activation_embed"))
+    return jnp.take(table, ids, axis=0)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:

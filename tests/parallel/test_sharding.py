@@ -32,6 +32,7 @@ MODEL = ModelConfig(
     tied_embeddings=False,
 )
 MIXED = "data:2,fsdp:2,tensor:2"
+BOTH = "data:4,tensor:2"
 
 
 def params_on(mesh, config=MODEL):
@@ -120,7 +121,7 @@ def programs():
         with sharding.scope(mesh):
             return step.lower(jax.device_put(state, places), {}, meshes.put_rows(mesh, batch)).compile()
 
-    return {name: compiled(meshes.make_mesh(name)) for name in ("data:8", "fsdp:8")}
+    return {name: compiled(meshes.make_mesh(name)) for name in ("data:8", "fsdp:8", BOTH, MIXED)}
 
 
 def parameter_bytes():
@@ -148,6 +149,41 @@ def test_fsdp_gathers_what_it_uses_and_holds_an_eighth(programs):
     assert any(c.kind in ("reduce-scatter", "all-reduce", "all-to-all") for c in found)
     held = {name: program.memory_analysis().argument_size_in_bytes for name, program in programs.items()}
     assert held["fsdp:8"] < held["data:8"] / 7
+
+
+def part_bytes():
+    """Of all parameters, those that one of two devices of the tensor axis has."""
+    params = params_on(meshes.make_mesh(BOTH))["decoder"]
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
+
+
+def test_the_tensor_axis_sums_activations_and_gathers_no_parameter(programs):
+    found = hlo.count(programs[BOTH].as_text()).collectives
+    assert {collective.kind for collective in found} == {"all-reduce"}
+    over_data = sum(c.bytes * c.times for c in found if c.devices == 4)
+    assert part_bytes() <= over_data < 1.02 * part_bytes(), "the gradients of what a device has, once"
+    states = 4 * 24 * 16 * 4  # bytes of the hidden states [B / 4, S, D] of one layer
+    in_layer = sum(c.bytes for c in found if c.devices == 2 and c.times == MODEL.num_layers)
+    # Forward, what comes out of attention and out of the MLP; backward, what goes into them: of query, key, value, gate
+    # and up each, which XLA sums before it adds them and Megatron afterwards (2).
+    assert 4 * states <= in_layer <= 7 * states
+    # The lookup, and of the head hidden states of R = S / 2 columns and a few numbers a token.
+    around = sum(c.bytes for c in found if c.devices == 2 and c.times == 1)
+    assert 1.5 * states <= around < 2 * states
+    assert in_layer * MODEL.num_layers + around == sum(c.bytes * c.times for c in found if c.devices == 2)
+
+
+def test_three_axes_gather_over_fsdp_alone(programs):
+    """Each device gathers its tensor part of a parameter, forward and backward, and nobody the whole of one."""
+    found = hlo.count(programs[MIXED].as_text()).collectives
+    gathers = [collective for collective in found if collective.kind == "all-gather"]
+    assert {collective.devices for collective in gathers} == {2}
+    gathered = sum(collective.bytes * collective.times for collective in gathers)
+    assert 1.98 * part_bytes() < gathered < 2.02 * part_bytes()
+    assert not any(MODEL.vocab_size in collective.shape for collective in gathers)
+    assert {collective.kind for collective in found} - {"all-gather"} <= {"all-reduce", "reduce-scatter"}
+    held = {name: programs[name].memory_analysis().argument_size_in_bytes for name in (MIXED, "data:8")}
+    assert held[MIXED] < held["data:8"] / 3.5
 
 
 def test_generation_on_a_mesh_gives_the_same_tokens_from_a_split_cache():

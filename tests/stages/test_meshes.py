@@ -1,31 +1,58 @@
 """The update does not depend on where it is computed: on one device, on meshes of eight, on replicas."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax import checkpoints
-from rlhf_jax.data import batches
+from rlhf_jax.data import batches, world
 from rlhf_jax.data import tokenizer as tokenizers
+from rlhf_jax.data.rows import Demonstration, ProcessSteps
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import heads, huggingface
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
-from rlhf_jax.stages import dpo, inputs, ppo, reward_objectives, rollouts, sft, supervised
-from rlhf_jax.stages.preference_objectives import make_pair_objective
+from rlhf_jax.stages import (
+    dpo,
+    evaluations,
+    grpo,
+    inputs,
+    online_dpo,
+    ppo,
+    process_reward,
+    rejection,
+    reward_objectives,
+    sft,
+    supervised,
+)
+from rlhf_jax.stages.preference_objectives import PreferenceLoss, make_pair_objective
 from rlhf_jax.stages.run_directory import Purpose, load_model, open_run
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig
+from rlhf_jax.types import Rollout, ScoredRollout
 
-from .conftest import DPO, PPO, REWARD, SFT, StopAfter
+from .conftest import DPO, PPO, REWARD, SFT, SHARED, StopAfter
 
 CHANGES = {
     "schedule": Schedule(num_steps=3, save_every=2),
     "optimizer": OptimizerConfig(learning_rate=1e-3, schedule="constant"),
+}
+PROCESS = process_reward.Config(**SHARED, step_mark=".")
+# Two passes, so that the second one's importance ratios are not all 1.
+ROLLOUTS = SHARED | CHANGES | {"batch_size": 32, "group_size": 4, "num_epochs": 2}
+ONLINE = {
+    "grpo": (grpo, grpo.Config(**ROLLOUTS, temperature=0.7)),
+    "online_dpo": (
+        online_dpo,
+        online_dpo.Config(**ROLLOUTS | {"group_size": 2}, loss=PreferenceLoss(temperature=0.7)),
+    ),
+    "rejection": (rejection, rejection.Config(**ROLLOUTS, temperature=0.7)),
 }
 # (mesh, path, micro-batches); the first is what the others are held against.
 LAYOUTS = (
@@ -45,31 +72,45 @@ def how(layout, stop=None):
     return {"mesh": mesh_of(layout[0]), "parallelism": layout[1], "stop": stop or StopRequest()}
 
 
+def judged(row: Demonstration) -> ProcessSteps:
+    """Its sentences as steps: right, wrong, or judged by nobody."""
+    steps = tuple(row.response.strip(" .").split("."))
+    labels = tuple((1.0, 0.0, None)[len(step) % 3] for step in steps)
+    return ProcessSteps(prompt=row.prompt, steps=steps, labels=labels, source=row.source)
+
+
+def rows_of(stage, data):
+    """(the rows of a stage, how they are encoded, how they are cut into batches)."""
+    if stage == "sft":
+        return inputs.load_demonstrations(data), batches.encode_demonstrations, batches.demonstration_batches
+    if stage == "process_reward":
+        split = inputs.load_demonstrations(data)
+        split = inputs.Split(train=[*map(judged, split.train)], held_out=[*map(judged, split.held_out)])
+        encode = functools.partial(batches.encode_process_steps, step_mark=PROCESS.step_mark)
+        return split, encode, batches.steps_batches
+    return inputs.load_preferences(data), batches.encode_preferences, batches.preference_batches
+
+
 def fixed_rows(stage, ladder, workdir, layout, stop=None):
     """Three steps of a stage on fixed rows, as the stage takes them, without its evaluation (compiled apart)."""
-    config = dataclasses.replace(
-        {"sft": SFT, "reward_model": REWARD, "dpo": DPO}[stage], num_microbatches=layout[2], **CHANGES
-    )
+    config = {"sft": SFT, "reward_model": REWARD, "dpo": DPO, "process_reward": PROCESS}[stage]
+    config = dataclasses.replace(config, num_microbatches=layout[2], **CHANGES)
     run = open_run(workdir, stage, config, inputs={}, **how(layout, stop))
     model = load_model(ladder.sft, run)
     params, frozen = model.params, {}
-    if stage == "sft":
-        split, encode, cut = (
-            inputs.load_demonstrations,
-            batches.encode_demonstrations,
-            batches.demonstration_batches,
-        )
-        objective = sft.make_objective(model.config)
-    else:
-        split, encode, cut = inputs.load_preferences, batches.encode_preferences, batches.preference_batches
-        objective = reward_objectives.make_objective(model.config)
+    objective = {
+        "sft": sft.make_objective,
+        "reward_model": reward_objectives.make_objective,
+        "process_reward": process_reward.make_objective,
+        "dpo": functools.partial(make_pair_objective, loss=DPO.loss),
+    }[stage](model.config)
     if stage == "dpo":
-        frozen = {"reference": jax.tree.map(jax.numpy.copy, params)}
-        objective = make_pair_objective(model.config, config.loss)
-    if stage == "reward_model":
+        frozen = {"reference": jax.tree.map(jnp.copy, params)}
+    if stage in ("reward_model", "process_reward"):
         params = params | {"head": heads.init_scalar_head(model.config, run.key(0, Purpose.INIT))}
         params = jax.device_put(params, sharding.parameter_sharding(run.mesh, model.config, params))
-    rows, _ = supervised.encode_split(run, config.data, model, split(config.data), encode)
+    split, encode, cut = rows_of(stage, config.data)
+    rows, _ = supervised.encode_split(run, config.data, model, split, encode)
     return supervised.train(
         run,
         config,
@@ -83,6 +124,35 @@ def fixed_rows(stage, ladder, workdir, layout, stop=None):
     ).params
 
 
+def fixed_rollouts(config, mesh):
+    """``collect`` of ``rollouts.make_collect`` that samples nothing: ragged random words, scored at random.
+
+    The first group of every iteration has no spread.
+    """
+    rows, widths = config.batch_size, (config.data.prompt_length, config.data.response_length)
+    vocab_size = len(world.world_tokenizer())
+
+    def collect(params, prompts, key, step):
+        rng = np.random.default_rng(int(step))
+        tokens = rng.integers(4, vocab_size, (rows, sum(widths))).astype(np.int32)
+        prompt_mask = np.arange(widths[0])[None] >= rng.integers(0, widths[0], (rows, 1))
+        response_mask = np.arange(widths[1])[None] < rng.integers(1, widths[1] + 1, (rows, 1))
+        scores = rng.normal(size=rows).astype(np.float32)
+        scores[: config.group_size] = 0.5
+        placed = {
+            "tokens": tokens,
+            "token_mask": np.concatenate([prompt_mask, response_mask], axis=1),
+            "response_mask": response_mask,
+            "log_probs": np.zeros(response_mask.shape, np.float32),
+            "terminated": rng.random(rows) < 0.8,
+        }
+        rollout = Rollout(**meshes.put_rows(mesh, placed), policy_step=jnp.int32(step))
+        index = np.repeat(prompts["index"], config.group_size)
+        return ScoredRollout(rollout=rollout, scores=meshes.put_rows(mesh, scores)), index, {}
+
+    return collect
+
+
 def distance(expected, found):
     """The largest relative difference of a parameter, in norm."""
     expected, found = jax.device_get((expected, found))
@@ -90,7 +160,9 @@ def distance(expected, found):
     return max(jax.tree.leaves(far))
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
+@pytest.mark.parametrize(
+    "stage", ["sft", "reward_model", "dpo", pytest.param("process_reward", marks=pytest.mark.slow)]
+)
 def test_three_steps_on_fixed_rows_are_the_same_everywhere(stage, ladder, tmp_path):
     expected, *others = (
         fixed_rows(stage, ladder, tmp_path / str(number), layout) for number, layout in enumerate(LAYOUTS)
@@ -104,20 +176,46 @@ def test_three_steps_on_fixed_rows_are_the_same_everywhere(stage, ladder, tmp_pa
         assert distance(expected, found) < 1e-5, layout
 
 
-@pytest.mark.slow
-def test_three_iterations_of_ppo_are_the_same_everywhere(ladder, tmp_path, monkeypatch):
-    """Sampling, scoring, advantages and updates; evaluation is left out, which compiles sampling once more."""
-    monkeypatch.setattr(rollouts, "make_evaluate", lambda *args, **kwargs: lambda params: {})
+def check_everywhere(stage, config, ladder, root, before=lambda mesh: None):
+    """Runs a stage that samples in every layout and compares what it leaves; ``before(mesh)`` comes before each."""
     found = []
     for number, layout in enumerate(LAYOUTS):
-        config = dataclasses.replace(
-            PPO, num_epochs=1, num_minibatches=1, num_microbatches=layout[2], **CHANGES
-        )
-        workdir = tmp_path / str(number)
-        ppo.run(config, workdir, init_from=ladder.sft, reward_from=ladder.reward_model, **how(layout))
+        before(mesh_of(layout[0]))
+        config, workdir = dataclasses.replace(config, num_microbatches=layout[2]), root / str(number)
+        stage.run(config, workdir, init_from=ladder.sft, reward_from=ladder.reward_model, **how(layout))
         found.append(checkpoints.restore_params(checkpoints.handoff_path(workdir)))
+    start = checkpoints.restore_params(checkpoints.handoff_path(ladder.sft))
+    assert distance(start["decoder"], found[0]["decoder"]) > 1e-2, "updates that are all skipped agree too"
     for layout, params in zip(LAYOUTS[1:], found[1:], strict=True):
         assert distance(found[0], params) < 1e-5, layout
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch):
+    """Evaluation is left out, which compiles sampling once more."""
+    monkeypatch.setattr(evaluations, "make_evaluate", lambda *args, **kwargs: lambda params: {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ONLINE)
+def test_three_iterations_on_fixed_rollouts_are_the_same_everywhere(
+    name, ladder, tmp_path, monkeypatch, no_evaluation
+):
+    """What a stage makes of rollouts, and its updates, apart from what it would sample itself."""
+    stage, config = ONLINE[name]
+
+    def fix(mesh):
+        collect = fixed_rollouts(config, mesh)
+        monkeypatch.setattr(rollouts, "make_collect", lambda *args, **kwargs: collect)
+
+    check_everywhere(stage, config, ladder, tmp_path, fix)
+
+
+@pytest.mark.slow
+def test_three_iterations_of_ppo_are_the_same_everywhere(ladder, tmp_path, no_evaluation):
+    """Sampling, scoring, advantages and updates."""
+    config = dataclasses.replace(PPO, num_epochs=1, num_minibatches=1, **CHANGES)
+    check_everywhere(ppo, config, ladder, tmp_path)
 
 
 def test_a_run_goes_on_with_another_mesh(ladder, tmp_path):

@@ -48,6 +48,11 @@ def _run(workdir: pathlib.Path, mesh, stop) -> None:
     ppo.run(config, workdir / "ppo", reward_from=str(workdir / "reward_model"), **start)
 
 
+def go_on(workdir: pathlib.Path, stop, mesh=None) -> None:
+    """SFT in ``begun``, which one process alone has begun where it is there already."""
+    sft.run(dataclasses.replace(SFT, schedule=LONG), workdir / "begun", mesh=mesh, stop=stop)
+
+
 def stop_on_one(workdir: pathlib.Path) -> None:
     """SFT that the last process alone is asked to stop; what each says goes to ``said.<process>``."""
     said = workdir / f"said.{jax.process_index()}"
@@ -65,6 +70,7 @@ def main(stop) -> None:
     workdir = pathlib.Path(WORKDIR.value)
     stop_on_one(workdir)
     run(workdir, stop)
+    go_on(workdir, stop)
 
 
 if __name__ == "__main__":

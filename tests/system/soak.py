@@ -10,6 +10,7 @@ when a stage that samples is sampling. Final parameters are compared bit by bit,
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import multiprocessing
 import os
@@ -22,15 +23,18 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-# Stage -> those that it starts from.
-STAGES = {"sft": (), "reward_model": ("sft",), "dpo": ("sft",), "ppo": ("sft", "reward_model")}
+# Stage -> those that it starts from, and those in turn.
+STAGES = {
+    "sft": (),
+    "reward_model": ("sft",),
+    "dpo": ("sft",),
+    "ppo": ("sft", "reward_model"),
+    "grpo": ("sft", "reward_model"),
+    "online_dpo": ("sft", "reward_model"),
+    "rejection": ("sft", "reward_model"),
+}
 # The children start as copies of a process that has imported all this, and has not touched a device.
-PRELOAD = [
-    "rlhf_jax.stages.dpo",
-    "rlhf_jax.stages.ppo",
-    "rlhf_jax.stages.reward_model",
-    "tests.stages.conftest",
-]
+PRELOAD = [*(f"rlhf_jax.stages.{stage}" for stage in STAGES), "tests.stages.conftest"]
 KINDS = ("anywhere", "saving", "beginning")
 
 
@@ -56,24 +60,21 @@ def run_stage(stage: str, root: str, workdir: str, steps: int, cache: str) -> No
     os.environ["XLA_FLAGS"] = ""
     import jax
 
-    from rlhf_jax.stages import dpo, ppo, reward_model, sft
     from rlhf_jax.training.interrupt import StopRequest
     from rlhf_jax.training.loop import Schedule
-    from tests.stages.conftest import DPO, PPO, REWARD, SFT
+    from tests.stages.conftest import DPO, PPO, REWARD, SFT, SHARED
 
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    module = importlib.import_module(f"rlhf_jax.stages.{stage}")
+    configs = {"sft": SFT, "reward_model": REWARD, "dpo": DPO, "ppo": PPO}
+    config = configs[stage] if stage in configs else module.Config(**SHARED, group_size=4)
     short = {"schedule": Schedule(num_steps=steps, save_every=2), "batch_size": 8}
-    start = {"init_from": f"{root}/sft", "stop": StopRequest()}
-    if stage == "sft":
-        sft.run(dataclasses.replace(SFT, **short), workdir, stop=start["stop"])
-    elif stage == "reward_model":
-        reward_model.run(dataclasses.replace(REWARD, **short), workdir, **start)
-    elif stage == "dpo":
-        dpo.run(dataclasses.replace(DPO, **short), workdir, **start)
-    else:
-        config = dataclasses.replace(PPO, num_eval_prompts=8, **short)
-        ppo.run(config, workdir, reward_from=f"{root}/reward_model", **start)
+    if "num_eval_prompts" in type(config).__dataclass_fields__:
+        short["num_eval_prompts"] = 8
+    names = zip(("init_from", "reward_from"), STAGES[stage], strict=False)
+    start = {name: f"{root}/{needed}" for name, needed in names}
+    module.run(dataclasses.replace(config, **short), workdir, stop=StopRequest(), **start)
 
 
 def rows_of(workdir: pathlib.Path) -> list[str]:
@@ -83,8 +84,8 @@ def rows_of(workdir: pathlib.Path) -> list[str]:
 
 def soak(
     stage: str, root: pathlib.Path, *, kills: int, steps: int, seed: str, cache: str, say: Callable
-) -> int:
-    """Kills ``stage`` at ``kills`` moments and compares its end with ``root/<stage>``; returns how many kills struck.
+) -> None:
+    """Kills ``stage`` at ``kills`` moments and compares its end with ``root/<stage>``.
 
     ``root`` holds the undisturbed runs of the stages that this one starts from; its own is made where it is missing.
 

@@ -1,4 +1,4 @@
-"""Two real processes of two devices each are one job: the numbers of one process, and one end for both."""
+"""Two real processes of four devices each are one job: the numbers of one process, and one end for both."""
 
 import dataclasses
 import json
@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.training.interrupt import StopRequest
+from rlhf_jax.training.interrupt import Interrupted, StopRequest
+from tests.stages.conftest import StopAfter
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -29,7 +30,7 @@ def start(workdir: pathlib.Path) -> list[subprocess.Popen]:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": "2",
@@ -65,6 +66,7 @@ def rows(workdir: pathlib.Path, stage: str) -> list[dict]:
 def job(tmp_path_factory):
     """A job that lost a process and then went on to the end: (its directory, what both runs ended in)."""
     workdir = tmp_path_factory.mktemp("two")
+    begin_alone(workdir)
     processes = start(workdir)
     wait_for_row(workdir, 7, processes)
     processes[1].kill()
@@ -72,12 +74,26 @@ def job(tmp_path_factory):
     return workdir, killed, ends(start(workdir))
 
 
+def begin_alone(workdir: pathlib.Path) -> None:
+    """What one process with half of the devices leaves of SFT when it is stopped after six steps.
+
+    Rows of metrics up to there are kept by whoever goes on, and written anew by whoever starts over: the mark says.
+    """
+    from tests.system import hosts_job
+
+    with pytest.raises(Interrupted, match="saved step 6 of 16"):
+        hosts_job.go_on(workdir, StopAfter(6), meshes.data_mesh(4))
+    first, *rest = rows(workdir, "begun")
+    lines = [json.dumps(row) + "\n" for row in (first | {"begun_alone": 1.0}, *rest)]
+    (workdir / "begun" / "metrics.jsonl").write_text("".join(lines))
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> pathlib.Path:
     from tests.system import hosts_job
 
     workdir = tmp_path_factory.mktemp("one")
-    hosts_job.run(workdir, StopRequest(), meshes.data_mesh(4))
+    hosts_job.run(workdir, StopRequest(), meshes.data_mesh(8))
     return workdir
 
 
@@ -118,8 +134,14 @@ def test_what_two_processes_saved_one_goes_on_with(job, alone, tmp_path):
 
     workdir = shutil.copytree(job[0] / "stopped", tmp_path / "sft")
     config = dataclasses.replace(hosts_job.SFT, schedule=hosts_job.LONG)
-    hosts_job.sft.run(config, workdir, mesh=meshes.data_mesh(4), stop=StopRequest())
+    hosts_job.sft.run(config, workdir, mesh=meshes.data_mesh(8), stop=StopRequest())
     check_same(rows(tmp_path, "sft"), rows(alone, "sft"))
+
+
+def test_what_one_process_saved_two_go_on_with(job, alone):
+    first, *rest = rows(job[0], "begun")
+    assert first.pop("begun_alone") == 1.0, "they have started over"
+    check_same([first, *rest], rows(alone, "sft"))
 
 
 def _smooth(row: dict) -> dict:
