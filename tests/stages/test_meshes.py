@@ -27,6 +27,7 @@ from rlhf_jax.stages import (
     process_reward,
     rejection,
     reward_objectives,
+    rollouts,
     sft,
     supervised,
 )
