@@ -133,7 +133,7 @@ def fixed_rollouts(config, mesh):
     rows, widths = config.batch_size, (config.data.prompt_length, config.data.response_length)
     vocab_size = len(world.world_tokenizer())
 
-    def collect(params, prompts, key, step):
+    def collect(params, prompts, key, step, multiplier):
         rng = np.random.default_rng(int(step))
         tokens = rng.integers(4, vocab_size, (rows, sum(widths))).astype(np.int32)
         prompt_mask = np.arange(widths[0])[None] >= rng.integers(0, widths[0], (rows, 1))
