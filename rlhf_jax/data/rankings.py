@@ -29,8 +29,8 @@ def encode_rankings(
     """Ids of each ranking that fits; see `encoding.encode_demonstrations` for the other arguments.
 
     One with more than ``ranking_size`` responses, or whose responses are all the same ids, is an `InputError` under
-    "error", and dropped otherwise. Batches say how likely an order is where rows have ``targets``, which all have or
-    none.
+    "error", and dropped otherwise; one whose votes put no response before another is dropped always. Batches say how
+    likely an order is where rows have ``targets``, which all have or none.
     """
     limits = encoding.Limits.of(tokenizer, prompt_length, response_length, truncation)
     encode = functools.partial(_rankings_of, tokenizer, limits, ranking_size)
@@ -54,7 +54,15 @@ def _rankings_of(
         raise InputError(
             f"{large[0][0]} {large[0][1]}: raise --config.data.ranking_size, or pass --config.data.truncation=drop."
         )
-    kept = [place for place, row in enumerate(rows) if len(row.responses) <= size]
+    # Votes in a circle put no response before another, and have nothing to teach.
+    equal = [
+        (row.source, "has votes that put no response before another")
+        for row in rows
+        if len(row.responses) <= size and len(set(ranks(row))) == 1
+    ]
+    kept = [
+        place for place, row in enumerate(rows) if len(row.responses) <= size and len(set(ranks(row))) > 1
+    ]
     asked = [rows[place] for place in kept for _ in rows[place].responses]
     said = [response for place in kept for response in rows[place].responses]
     ids = iter(encoding.pairs_of_ids(tokenizer, asked, said))
@@ -64,7 +72,9 @@ def _rankings_of(
     )
     return [
         (kept[number], EncodedRanking(sides=cut, size=size, row=rows[kept[number]])) for number, cut in fitted
-    ], encoding.EncodeReport(kept=report.kept, dropped=(*large, *report.dropped), truncated=report.truncated)
+    ], encoding.EncodeReport(
+        kept=report.kept, dropped=(*large, *equal, *report.dropped), truncated=report.truncated
+    )
 
 
 def orders(row: Ranking, size: int) -> np.ndarray:

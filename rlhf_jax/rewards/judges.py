@@ -11,9 +11,9 @@ is late and would answer the next question with the answer to this one, is start
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
-import math
 import os
 import selectors
 import shlex
@@ -74,7 +74,7 @@ def parse_answer(line: bytes, count: int) -> list[float]:
                 "malformed", f"gave the score {_shown(json.dumps(score).encode())}, which is no number"
             )
         # A float32 holds it later: what is too large for that is infinite there.
-        if not math.isfinite(score) or abs(score) > float(np.finfo(np.float32).max):
+        if not abs(score) <= float(np.finfo(np.float32).max):
             raise NoVerdict(
                 "not_finite", f"gave the score {_shown(str(score).encode())}, which is not finite"
             )
@@ -140,9 +140,10 @@ class CommandJudge:
         process, self._process = self._process, None
         if process is None:
             return
-        with process:  # which closes the pipes and waits
-            if process.poll() is None:  # else its number may be another's by now
-                os.killpg(process.pid, signal.SIGKILL)
+        # Also where it died by itself: what it had started lives on, and keeps the group's number from others.
+        # Popen's own context closes the pipes and waits.
+        with process, contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
     def _ask(self, question: bytes) -> bytes:
         deadline = time.monotonic() + self._seconds
@@ -212,28 +213,25 @@ def _end_of(process: subprocess.Popen) -> str:
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
 
 
-def judge_groups(judge: CommandJudge, prompts: Sequence[str], responses: Sequence[str]) -> Judged:
-    """The judge's scores of B responses, whose neighbours with the same prompt are one group and one question.
+def judge_groups(
+    judge: CommandJudge, prompts: Sequence[str], responses: Sequence[str], group_size: int
+) -> Judged:
+    """The judge's scores of B responses; ``group_size`` of them after one another are a group, and one question.
 
-    prompts, responses: B of each.
+    prompts, responses: B of each; those of a group have one prompt.
 
     Raises:
       InputError: see `CommandJudge.scores`.
     """
     scores, has_verdict = np.zeros(len(prompts), np.float32), np.zeros(len(prompts), bool)
     reasons = collections.Counter()
-    for start, end in groups_of(prompts):
+    for start in range(0, len(prompts), group_size):
+        group = slice(start, start + group_size)
         try:
-            scores[start:end] = judge.scores(prompts[start], responses[start:end])
-            has_verdict[start:end] = True
+            scores[group] = judge.scores(prompts[start], responses[group])
+            has_verdict[group] = True
         except NoVerdict as failure:
             reasons[failure.reason] += 1
     return Judged(
         scores=scores, has_verdict=has_verdict, reasons={reason: reasons[reason] for reason in REASONS}
     )
-
-
-def groups_of(prompts: Sequence[str]) -> list[tuple[int, int]]:
-    """[start, end) of each run of equal neighbours."""
-    starts = [i for i in range(len(prompts)) if i == 0 or prompts[i] != prompts[i - 1]]
-    return list(zip(starts, [*starts, len(prompts)][1:], strict=True))

@@ -69,9 +69,9 @@ class Best:
 
 
 def nothing_yet(params: Any) -> Best:
-    """Before the first evaluation."""
+    """Before the first evaluation; ``params`` are those that nobody trains, and are not copied."""
     return Best(
-        params=jax.tree.map(jnp.copy, params),
+        params=params,
         value=jnp.float32(-math.inf),
         step=jnp.int32(0),
         since=jnp.int32(0),
@@ -108,10 +108,12 @@ def check_stop_when(config: Any, *, gold: RowReward | None, held_out: RowReward 
     stop_when = config.stop_when
     if not stop_when.patience:
         return
-    if not config.schedule.eval_every:
+    every, last = config.schedule.eval_every, config.schedule.num_steps
+    if not 0 < every < last:
         raise InputError(
-            f"config.stop_when.patience is {stop_when.patience} evaluations, and config.schedule.eval_every is 0, "
-            "which evaluates the first and the last policy alone; give the iterations between evaluations"
+            f"config.stop_when.patience is {stop_when.patience} evaluations, and config.schedule.eval_every is {every} "
+            f"of {last} iterations, which evaluates the first and the last policy alone; give fewer iterations between "
+            "evaluations, above 0"
         )
     if stop_when.measure == "gold" and gold is None:
         raise InputError(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from rlhf_jax import losses, masking
 from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.masking import WeightedSum
-from rlhf_jax.metrics import mean_of, mean_over_rows
+from rlhf_jax.metrics import mean_over_rows
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import process, reward_model
@@ -225,11 +225,12 @@ def make_prepare(model: ModelConfig, config: Config):
             ref_log_probs=ref_log_probs if config.beta and config.kl_in != "reward" else None,
         )
         groups = scores.reshape(-1, config.group_size)
+        judged_groups = mask.any(axis=1).reshape(-1, config.group_size)
         metrics = {
             "score": mean_over_rows(scores, mask),
             "kl": mean_over_rows(kl, mask),
-            "group_std": mean_of(jnp.std(groups, axis=1)),
-            "no_spread": mean_of(jnp.all(groups == groups[:, :1], axis=1)),
+            "group_std": mean_over_rows(jnp.std(groups, axis=1), judged_groups),
+            "no_spread": mean_over_rows(jnp.all(groups == groups[:, :1], axis=1), judged_groups),
             "sampler_gap": online.sampler_gap(rollout, log_probs),
         }
         return batch, metrics

@@ -50,14 +50,23 @@ class JudgeOptions:
         if len(set(self.choices)) != 2 or len(self.choices) != 2:
             raise InputError(f"config.judge.choices is {self.choices}; give two different words")
         try:
-            shown = self.template.format(prompt="p", principle="q", first="\0first", second="\0second")
+            shown = self.template.format(
+                prompt="\0prompt", principle="\0principle", first="\0first", second="\0second"
+            )
         except (KeyError, IndexError, ValueError) as error:
             raise InputError(
                 f"config.judge.template cannot be filled in ({error!r}); its names are {{prompt}}, {{principle}}, "
                 "{first} and {second}, and any other brace is written twice"
             ) from None
-        if shown.count("\0first") != 1 or shown.count("\0second") != 1:
-            raise InputError("config.judge.template must have {first} and {second}, each of them once")
+        if shown.count("\0first") != 1 or shown.count("\0second") != 1 or "\0prompt" not in shown:
+            raise InputError(
+                "config.judge.template must have {first} and {second}, each of them once, and {prompt}"
+            )
+        if "\0principle" not in shown and self.principle != ai_feedback.PRINCIPLE:
+            raise InputError(
+                "config.judge.principle is given, and config.judge.template has no {principle} that would show it; add "
+                "it, or leave the principle out"
+            )
 
 
 def check(config: Any, judge_from: str) -> None:
@@ -77,9 +86,10 @@ def check(config: Any, judge_from: str) -> None:
             )
         return
     if bool(options.command) == bool(judge_from):
+        in_groups = " or, where a stage draws groups, --judge_from=<a language model>, and not both"
         raise InputError(
-            "config.reward is 'judge', which needs config.judge.command=<program and arguments> or --judge_from=<a "
-            "language model>, and not both; give one"
+            "config.reward is 'judge', which needs config.judge.command=<program and arguments>"
+            f"{in_groups if hasattr(config, 'group_size') else ''}; give one"
         )
     unread = ("seconds", "failures") if judge_from else ("principle", "template", "choices")
     for name in unread:
@@ -100,15 +110,15 @@ def check(config: Any, judge_from: str) -> None:
         )
 
 
-def ask_command(judge: judges.CommandJudge, tokenizer: Any) -> Ask:
-    """``ask(rollout, data rows)``: the first process asks, and all get the answer."""
+def ask_command(judge: judges.CommandJudge, tokenizer: Any, *, group_size: int) -> Ask:
+    """``ask(rollout, data rows)``: the first process asks, ``group_size`` rows at a time, and all get the answer."""
 
     def ask(rollout: Rollout, rows: Sequence[Any]) -> judges.Judged:
         responses = policies.response_texts(tokenizer, hosts.fetch(rollout))
         prompts = [row.prompt for row in rows]
 
         def decide() -> dict[str, Any]:
-            found = judges.judge_groups(judge, prompts, responses)
+            found = judges.judge_groups(judge, prompts, responses, group_size)
             return {
                 "scores": found.scores.tolist(),
                 "has_verdict": found.has_verdict.tolist(),

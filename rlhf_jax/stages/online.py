@@ -137,7 +137,7 @@ def make_iteration(
         batch, metrics = prepare(state.train.params, reference, scored, state.beta)
         metrics = metrics | found | _of_rollout(scored)
         if gold is not None:
-            metrics["gold"] = mean_of(gold(scored.rollout, index))
+            metrics["gold"] = mean_over_rows(gold(scored.rollout, index), scored.rollout.response_mask)
         train, updates = update(
             state.train,
             frozen_of(method, state.train.params, reference),
@@ -305,9 +305,12 @@ def train(
     progress = Progress(
         run.stage, config.schedule.num_steps, ("proxy", "gold", "kl", "length"), line_every=10
     )
+    # Nobody else may hold the first state: a run that goes on would have its moments beside those that it reads.
+    first = [meshes.put(state, places)]
+    del state
     try:
         return fit(
-            state=meshes.put(state, places),
+            state=first.pop(),
             # Prompts are small, and a method may choose among those of the whole batch.
             step=lambda state, prompts: iterate(state, hosts.gather_rows(prompts)),
             batches=iterator,

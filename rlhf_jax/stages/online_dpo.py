@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import losses, masking
 from rlhf_jax.errors import InputError, check_range
-from rlhf_jax.metrics import mean_of, mean_over_rows
+from rlhf_jax.metrics import mean_over_rows
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model
@@ -115,7 +115,7 @@ def make_prepare(model: ModelConfig, config: Config):
         return batch, {
             "score": mean_over_rows(scores, rollout.response_mask),
             "kl": mean_over_rows(kl, rollout.response_mask),
-            "ties": mean_of(~apart),
+            "ties": mean_over_rows(~apart, rollout.response_mask.any(axis=1).reshape(-1, config.group_size)),
         }
 
     return prepare

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import losses, masking
 from rlhf_jax.errors import InputError, check_range
-from rlhf_jax.metrics import mean_of, mean_over_rows
+from rlhf_jax.metrics import mean_over_rows
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import reward_model
@@ -192,7 +192,7 @@ def make_prepare(model: ModelConfig, config: Config):
             "kl": mean_over_rows(sums - ref_sums, mask),
         }
         if config.kind == "best":
-            metrics["kept"] = mean_of(batch.scores)
+            metrics["kept"] = mean_over_rows(batch.scores, mask)
         else:
             capped = uncapped_log_weights(batch, config) >= math.log(config.max_weight)
             metrics["capped"] = mean_over_rows(capped, mask)

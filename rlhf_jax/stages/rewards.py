@@ -235,7 +235,9 @@ def load_reward(
     if config.answer_weight:
         reward = with_answer(reward, _answer_reward(model.tokenizer), config.answer_weight)
     if sources.held_out_reward_from:
-        beside = _load(config, sources.held_out_reward_from, run, model, flag="held_out_reward_from")
+        # Beside the policy, and not on its base: what it was trained on does not matter.
+        beside = load_model(sources.held_out_reward_from, run)
+        _check_fits(beside, config, model, flag="held_out_reward_from")
         reward = dataclasses.replace(reward, held_out=model_reward(beside, Scoring()).of_rows)
     return reward
 
@@ -264,8 +266,10 @@ def _judged(config: Any, judge_from: str, run: Run, model: Model, held_out: batc
     options = config.judge
     if not judge_from:
         command = judges.CommandJudge(options.command, seconds=options.seconds, failures=options.failures)
-        ask = judged_rewards.ask_command(command, model.tokenizer)
-        return Reward(of_rows=judged_rewards.or_nan(ask), judged=ask, judge=command)
+        ask = functools.partial(judged_rewards.ask_command, command, model.tokenizer)
+        # An evaluation has one response to each prompt, and rows of the same prompt beside one another by chance.
+        alone, in_groups = ask(group_size=1), ask(group_size=getattr(config, "group_size", 1))
+        return Reward(of_rows=judged_rewards.or_nan(alone), judged=in_groups, judge=command)
     judge = load_model(judge_from, run)
     sizes = {"batch_size": config.batch_size, "group_size": config.group_size}
     return Reward(
@@ -292,15 +296,19 @@ def _several(
     )
 
 
-def _load(
-    config: Any, origin: str, run: Run, model: Model, *, steps: bool = False, flag: str = "reward_from"
-) -> Model:
+def _load(config: Any, origin: str, run: Run, model: Model, *, steps: bool) -> Model:
     """A reward model of responses, or of ``steps``, that fits the policy's tokenizer and the rows' widths."""
     reward = load_beside(origin, run, model, config.lora)
+    _check_fits(reward, config, model, steps=steps)
+    return reward
+
+
+def _check_fits(
+    reward: Model, config: Any, model: Model, *, steps: bool = False, flag: str = "reward_from"
+) -> None:
     check_same_family(model, reward)
     check_scores(reward, steps=steps, flag=flag)
     check_context(reward, config.data.prompt_length + config.data.response_length)
-    return reward
 
 
 def _check_answers(config: Any, encoded: batches.Encoded) -> None:

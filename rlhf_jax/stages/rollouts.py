@@ -102,7 +102,8 @@ def _scored(
         return _forget(sampled, answer.has_verdict), jnp.asarray(answer.scores), metrics
     if combine is None:
         return sampled, jnp.asarray(answer), {}
-    metrics = {f"proxy_{number}": mean_of(scores) for number, scores in enumerate(answer, 1)}
+    # By index: an array that lies on several hosts cannot be iterated over.
+    metrics = {f"proxy_{k + 1}": mean_of(answer[k]) for k in range(len(answer))}
     return sampled, combine(answer, multiplier), metrics
 
 

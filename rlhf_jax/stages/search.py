@@ -71,8 +71,8 @@ class Config:
         check_range(self, *counts, at_least=1)
         if self.scoring.weights:
             raise InputError(
-                f"config.scoring.weights is {self.scoring.weights}, and a search asks one process reward model; "
-                "stop_when.patience, or leave it out"
+                f"config.scoring.weights is {self.scoring.weights}, and a search asks one process reward model; leave "
+                "it out"
             )
 
 

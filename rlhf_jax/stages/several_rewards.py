@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,7 +53,8 @@ class Constraint:
 
 def runs_of(reward_from: str) -> list[str]:
     """The directories that ``--reward_from`` names, with commas between them; none of an empty one."""
-    runs = reward_from.split(",") if reward_from else []
+    # A directory may have a comma in its name.
+    runs = [reward_from] if os.path.exists(reward_from) else reward_from.split(",") if reward_from else []
     if "" in runs:
         raise InputError(
             f"--reward_from={reward_from} has a comma with no run before or after it; leave it out"

@@ -97,7 +97,9 @@ def train(
     optimizer = make_optimizer(config.optimizer, config.schedule.num_steps)
     state = init_train_state(params, optimizer, run.key(config.seed, Purpose.TRAIN))
     places = sharding.mirrored(run.mesh, state, params, jax.tree.map(lambda x: x.sharding, params))
-    state = meshes.put(state, places)
+    # Nobody else may hold the first state: a run that goes on would have its moments beside those that it reads.
+    first = [meshes.put(state, places)]
+    del state
     train_step = meshes.compile_step(
         lambda axis: make_train_step(objective, optimizer, num_microbatches=parts, axis_name=axis),
         run.mesh,
@@ -117,7 +119,7 @@ def train(
     progress = Progress(run.stage, config.schedule.num_steps, shown, line_every=50)
     try:
         state = fit(
-            state=state,
+            state=first.pop(),
             step=step,
             batches=iterator,
             schedule=config.schedule,

@@ -98,16 +98,18 @@ def fit(
         if restored is not None:
             done, state, host = restored
             pending, ended = Accumulator.from_json(host["pending"]), host.get("ended", False)
+        # What was read is trained, and given up by its first step; nobody else may hold it.
+        resumed, restored = restored is not None, None
         if hosts.is_main():
-            writer = MetricsWriter(workdir, start_step=done if restored is not None else -1)
+            writer = MetricsWriter(workdir, start_step=done if resumed else -1)
         write = (lambda step, values: None) if writer is None else writer.write
         flush = (lambda: None) if writer is None else writer.flush
-        if restored is None and evaluate is not None:
+        if not resumed and evaluate is not None:
             found = dict(evaluate(state))
             write(0, found)
             if evaluated is not None:
                 state, _ = evaluated(state, found)
-        saved, saved_at = done if restored is not None else None, clock()
+        saved, saved_at = done if resumed else None, clock()
         asked, _ = _agree(stop, False)
         while done < schedule.num_steps and not ended and asked is None:
             state, metrics = step(state, next(batches))

@@ -152,3 +152,17 @@ def test_the_worlds_rankings_fit_and_buckets_are_narrower():
     narrow = next(batches.ranking_batches(encoded, batch_size=8, seed=0, num_buckets=2))
     assert plain.responses.tokens.shape == (8, 3, 64)
     assert narrow.responses.tokens.shape[:2] == (8, 3) and narrow.responses.tokens.shape[2] < 64
+
+
+def test_votes_in_a_circle_teach_no_order_and_are_counted(tmp_path):
+    """Of three annotators each pair is decided by two, and every response wins once."""
+    path = tmp_path / "circle.jsonl"
+    ranks = [[1, 2, 3], [2, 3, 1], [3, 1, 2]]
+    rows = [
+        {"prompt": "flat", "responses": ["dull", "weak", "cheap"], "ranks": ranks},
+        {"prompt": "flat", "responses": ["dull", "weak", "cheap"], "ranks": ranks[:1]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encoded, report = encoded_of(readers.read_rankings(path)[0])
+    assert len(encoded.rows) == report.kept == 1
+    assert [reason for _, reason in report.dropped] == ["has votes that put no response before another"]

@@ -32,6 +32,8 @@ for line in sys.stdin:
         answer = '{"scores": [NaN, 1.0]}'
     if kind == "huge":
         answer = '{"scores": [1e39, 1.0]}'
+    if kind == "digits":
+        answer = '{"scores": [1' + "0" * 400 + ", 1.0]}"
     if kind == "words":
         answer = '{"scores": ["good", 1.0]}'
     if kind == "true":
@@ -68,17 +70,27 @@ def test_a_judge_is_started_once_and_scores_groups(tmp_path):
     log = tmp_path / "started"
     started = f"open({str(log)!r}, 'a').write('x')\n"
     judge = judges.CommandJudge(command_of(tmp_path, started + ANSWER), seconds=10.0, failures=1)
-    prompts = ["p", "p", "q", "q", "p"]
-    found = judges.judge_groups(judge, prompts, ["a", "bbb", "", "cc", "\ud800\n{}"])
+    prompts = ["p", "p", "q", "q", "p", "p"]
+    found = judges.judge_groups(judge, prompts, ["a", "bbb", "", "cc", "\ud800\n{}", "d"], 2)
     judge.close()
-    assert found.scores.dtype == np.float32 and found.scores.tolist() == [1, 3, 0, 2, 4]
+    assert found.scores.dtype == np.float32 and found.scores.tolist() == [1, 3, 0, 2, 4, 1]
     assert found.has_verdict.all() and set(found.reasons.values()) == {0}
     assert log.read_text() == "x"
 
 
-def test_neighbours_with_one_prompt_are_a_group():
-    assert judges.groups_of(["p", "p", "q", "p"]) == [(0, 2), (2, 3), (3, 4)]
-    assert judges.groups_of([]) == []
+@pytest.mark.parametrize("group_size", [1, 2, 4])
+def test_groups_are_counted_and_neighbours_with_one_prompt_may_be_two(tmp_path, group_size):
+    """The judge says how many responses each of its questions had."""
+    source = """
+    import json, sys
+    for line in sys.stdin:
+        count = len(json.loads(line)["responses"])
+        print(json.dumps({"scores": [count] * count}), flush=True)
+    """
+    judge = judges.CommandJudge(command_of(tmp_path, source), seconds=10.0, failures=1)
+    found = judges.judge_groups(judge, ["p"] * 4, ["a"] * 4, group_size)
+    judge.close()
+    assert found.scores.tolist() == [group_size] * 4
 
 
 FAILURES = {
@@ -86,6 +98,7 @@ FAILURES = {
     "abort": ("died", "was ended by SIGABRT"),
     "nan": ("not_finite", "gave the score 'nan', which is not finite"),
     "huge": ("not_finite", r"gave the score '1e\+39', which is not finite"),
+    "digits": ("not_finite", r"gave the score '10+\.\.\.', which is not finite"),
     "short": ("wrong_count", "gave 1 scores for 2 responses"),
     "words": ("malformed", "gave the score '\"good\"', which is no number"),
     "true": ("malformed", "gave the score 'true', which is no number"),
@@ -101,7 +114,7 @@ def test_what_is_no_verdict_is_counted_and_the_next_group_is_judged(kind, judge)
     reason, message = FAILURES[kind]
     with pytest.raises(judges.NoVerdict, match=message):
         judge.scores(kind, ["a", "bb"])
-    found = judges.judge_groups(judge, [kind, kind, "fine", "fine"], ["a", "bb", "a", "bb"])
+    found = judges.judge_groups(judge, [kind, kind, "fine", "fine"], ["a", "bb", "a", "bb"], 2)
     assert found.scores.tolist() == [0, 0, 1, 2]
     assert found.has_verdict.tolist() == [False, False, True, True]
     assert found.reasons == {name: int(name == reason) for name in judges.REASONS}
@@ -140,13 +153,38 @@ def test_so_many_failures_in_a_row_end_the_run_in_a_sentence(tmp_path):
     command = command_of(tmp_path)
     judge = judges.CommandJudge(command, seconds=10.0, failures=3)
     kinds = ["die", "short", "fine", "short", "nan"]
-    judges.judge_groups(judge, kinds, ["x"] * 5)  # never three in a row
+    judges.judge_groups(judge, kinds, ["x"] * 5, 1)  # never three in a row
     message = (
         r"the judge '.*judge.py' gave no verdict 3 times in a row; the last time, on the prompt 'die', it exited with "
         "status 3; mend it, or allow more with config.judge.failures"
     )
     with pytest.raises(InputError, match=message):
-        judges.judge_groups(judge, ["die"], ["x"])
+        judges.judge_groups(judge, ["die"], ["x"], 1)
+
+
+def is_gone(child: int) -> bool:
+    """Within two seconds."""
+    status = pathlib.Path(f"/proc/{child}/status")
+    for _ in range(100):
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_a_judge_that_died_leaves_no_children(tmp_path):
+    note = tmp_path / "child"
+    source = f"""
+    import os, pathlib, subprocess, sys
+    sleep = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"]
+    child = subprocess.Popen(sleep, stdout=subprocess.DEVNULL)
+    pathlib.Path({str(note)!r}).write_text(str(child.pid))
+    os._exit(3)
+    """
+    judge = judges.CommandJudge(command_of(tmp_path, source), seconds=10.0, failures=100)
+    with pytest.raises(judges.NoVerdict, match="exited with status 3"):
+        judge.scores("p", ["x"])
+    assert is_gone(int(note.read_text()))
 
 
 def test_closing_ends_the_process_and_its_children(tmp_path):
@@ -159,12 +197,7 @@ def test_closing_ends_the_process_and_its_children(tmp_path):
     judge = judges.CommandJudge(command_of(tmp_path, source), seconds=10.0, failures=1)
     (child,) = judge.scores("p", ["x"])
     judge.close()
-    status = pathlib.Path(f"/proc/{int(child)}/status")
-    for _ in range(100):
-        if not status.exists() or "State:\tZ" in status.read_text():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"process {child} still runs")
+    assert is_gone(int(child))
 
 
 @pytest.mark.parametrize(

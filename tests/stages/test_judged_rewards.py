@@ -259,6 +259,8 @@ def test_what_a_language_model_cannot_judge_by_is_refused(ladder, tmp_path):
     for options, message in (
         ({"choices": ("A", "A")}, "choices is .*; give two different words"),
         ({"template": "{prompt} {first}"}, "must have {first} and {second}, each of them once"),
+        ({"template": "{first} {second}"}, "each of them once, and {prompt}"),
+        ({"template": "{prompt} {first} {second}", "principle": "be kind"}, "no {principle} that would show"),
         ({"template": "{answer} {first} {second}"}, r"cannot be filled in \(KeyError\('answer'\)\)"),
     ):
         with pytest.raises(InputError, match=message):
@@ -271,7 +273,7 @@ def test_only_the_first_process_asks_and_the_others_get_its_answer(ladder, monke
     sent = {"scores": [1.5, 0.0], "has_verdict": [True, False], "reasons": {"late": 1}}
     monkeypatch.setattr(hosts, "decided_by_main", lambda decide: json.loads(json.dumps(sent)))
     judge = judges.CommandJudge("/no/such/judge", seconds=1.0, failures=1)
-    ask = judged_rewards.ask_command(judge, tokenizer)
+    ask = judged_rewards.ask_command(judge, tokenizer, group_size=1)
     rows = [Prompt(prompt=prompt, source="a") for prompt in ("p", "q")]
     found = ask(rollout_of(2), rows)
     assert found.scores.dtype == np.float32 and found.scores.tolist() == [1.5, 0.0]

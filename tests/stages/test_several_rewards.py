@@ -158,5 +158,5 @@ def test_options_that_would_do_nothing_are_refused():
         Constraint(rate=0.5)
     with pytest.raises(InputError, match=r"weights is \(0.0, 0.0\), which rewards nothing"):
         rewards.Scoring(weights=(0.0, 0.0))
-    with pytest.raises(InputError, match="a search asks one process reward model"):
+    with pytest.raises(InputError, match="a search asks one process reward model; leave it out"):
         search.Config(scoring=WEIGHTS)
