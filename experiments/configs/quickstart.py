@@ -49,7 +49,7 @@ def get_config():
         )
     )
     config.ppo = own_fields(leashed(num_steps=50, eval_every=5, beta=0.3))
-    config.ppo_no_leash = own_fields(leashed(num_steps=40, eval_every=2, beta=0.0))
+    config.ppo_no_leash = own_fields(leashed(num_steps=60, eval_every=2, beta=0.0))
     config.evaluate = own_fields(evaluate.Config())
     return config
 
