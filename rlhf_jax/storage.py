@@ -105,14 +105,17 @@ def remove(path: Path) -> None:
 
 
 def files(directory: Path) -> dict[str, str | None]:
-    """Names of all files below ``directory`` -> the CRC-32C that a bucket keeps (base 64); None of a local file."""
+    """Names of all files below ``directory`` -> the CRC-32C that a bucket keeps (base 64); None of a local file.
+
+    gcsfuse and the console leave an empty object ``folder/`` for a folder of a flat bucket; those are no files.
+    """
     if not in_bucket(directory):
         return {str(file.relative_to(directory)): None for file in directory.rglob("*") if file.is_file()}
     import fsspec
 
     above = os.fspath(directory).removeprefix(_BUCKET) + "/"
     listed = fsspec.filesystem("gs").find(above, detail=True)
-    return {name.removeprefix(above): entry["crc32c"] for name, entry in listed.items() if name != above}
+    return {name.removeprefix(above): entry["crc32c"] for name, entry in listed.items() if name[-1] != "/"}
 
 
 @contextlib.contextmanager

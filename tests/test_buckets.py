@@ -161,6 +161,22 @@ def test_a_handoff_goes_from_a_bucket_to_a_disk_and_back(bucket, tmp_path):
             assert checkpoints.handoff_identity(run) == checkpoints.handoff_identity(f"{bucket.url}/run")
 
 
+def test_a_handoff_that_came_through_a_mount_is_read_by_its_url(bucket, tmp_path):
+    """gcsfuse leaves an empty object that ends in a slash for every directory of a flat bucket."""
+    leave(tmp_path / "run")
+    for path in (tmp_path / "run", *(tmp_path / "run").rglob("*")):
+        name = str(path.relative_to(tmp_path))
+        bucket.write(f"{name}/" if path.is_dir() else name, b"" if path.is_dir() else path.read_bytes())
+    run = storage.at(f"{bucket.url}/run")
+    assert "run/handoff/tokenizer/" in bucket.objects
+    assert set(storage.files(run)) == set(storage.files(tmp_path / "run"))
+    with storage.readable(run / "handoff" / "tokenizer") as directory:
+        assert [path.name for path in directory.iterdir()] == ["tokenizer.json"]
+    found, path = checkpoints.load_handoff(run)
+    assert found == HANDOFF
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_params(path), PARAMS)
+
+
 # fsspec uploads once more where a file that it could not write is collected, and is refused again.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_a_bucket_refuses_is_said_in_a_sentence(bucket):
