@@ -149,6 +149,25 @@ def upload(source: pathlib.Path, target: Path) -> None:
         replace(target / name, (source / name).read_bytes())
 
 
+@contextlib.contextmanager
+def reached(path: Path) -> Iterator[None]:
+    """Within the block ``path`` is looked at and read; what its disk or bucket says to that is said in a sentence.
+
+    Raises:
+      InputError: it may not be read, or cannot be.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = problem(error)
+        if said is None:
+            raise
+        raise InputError(
+            f"cannot read {path}: {said}; give this account access to it, or mend the disk, then run the same command "
+            "again"
+        ) from error
+
+
 def problem(error: Exception) -> str | None:
     """What a disk or a bucket said, or None where an error is not their doing.
 

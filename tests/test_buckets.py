@@ -11,6 +11,9 @@ from rlhf_jax import checkpoints, metrics, storage
 from rlhf_jax.checkpoints import Checkpoints
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.stages import run_directory
+from rlhf_jax.training.interrupt import StopRequest
+from rlhf_jax.training.optimizer import OptimizerConfig
 
 from .test_checkpoints import HANDOFF, PARAMS, numbers, restore, save_steps, state_of
 
@@ -199,6 +202,47 @@ def test_what_a_bucket_refuses_is_said_in_a_sentence(bucket):
     bucket.refuse = bucket.refuse[:1]
     writer.close()
     assert restore(run)[0] == 1
+
+
+def test_access_that_is_lost_during_a_save_is_said_in_a_sentence(bucket):
+    run = f"{bucket.url}/run"
+    save_steps(run, [1])
+    saver, iterator = Checkpoints(run), numbers()
+    bucket.lost = True
+    with pytest.raises(
+        InputError,
+        match=r"cannot save step 2 in gs://.*may not use .*; what is saved there cannot be seen; make room or mend",
+    ):
+        saver.save(2, state_of(2), iterator, {})
+        saver.wait()
+    bucket.lost = False
+    saver.close()
+    assert restore(run)[0] == 1
+
+
+def test_a_bucket_without_access_is_said_in_a_sentence(bucket):
+    workdir, start = f"{bucket.url}/run", f"{bucket.url}/start"
+    leave(start)
+    bucket.lost = True
+
+    def open_it(**inputs):
+        config, stop = OptimizerConfig(), StopRequest()
+        return run_directory.open_run(
+            workdir, "sft", config, inputs=inputs, parallelism="jit", mesh=None, stop=stop
+        )
+
+    refused = r": Forbidden: .*may not use .*; give this account access to it, or mend the disk, then run"
+    for read, place in (
+        (lambda: open_it(init_from=start), start),
+        (lambda: checkpoints.load_handoff(start), f"{start}/handoff"),
+        (lambda: checkpoints.is_finished(start), f"{start}/handoff/handoff.json"),
+        (lambda: run_directory.load_handoff_model(start), start),
+        (lambda: Checkpoints(workdir), f"{workdir}/checkpoints"),
+    ):
+        with pytest.raises(InputError, match=f"^cannot read {place}{refused}"):
+            read()
+    with pytest.raises(InputError, match=f"cannot write to workdir {workdir}: Forbidden.*; give a writable"):
+        open_it()
 
 
 def rows(run) -> list[int]:
