@@ -22,7 +22,7 @@ UNFINISHED = ("RLHF_JAX_INTERRUPTED_STATUS", "75")
 BUCKET = flags.DEFINE_string(
     "bucket",
     "",
-    "Cloud Storage bucket, mounted at /bucket on every machine; --workdir lies there. XPK mounts none.",
+    "Cloud Storage bucket, mounted at /bucket on every machine; --workdir lies there. For XPK none is attached.",
 )
 # Where it is mounted: a run's directory has to stay when its machines go.
 MOUNT = "/bucket"
