@@ -253,21 +253,24 @@ def test_rows_of_metrics_are_in_the_bucket_by_the_time_of_a_checkpoint(bucket, m
     run = f"{bucket.url}/run"
     writer = metrics.MetricsWriter(storage.at(run), start_step=-1)
     writer.write(1, {"loss": 0.5})
-    assert rows(run) == []
-    writer.flush()
+    assert rows(run) == [1], "the first row is seen at once"
+    writer.write(2, {"loss": 0.5})
     assert rows(run) == [1]
+    writer.flush()
+    assert rows(run) == [1, 2]
     there = len(bucket.log)
-    writer.write(2, {"loss": 0.25})
+    writer.write(3, {"loss": 0.25})
     writer.close()
-    # As if killed before the end: the row of step 2 is lost, as is the step. A second start goes on from 1.
+    # As if killed before the end: the row of step 3 is lost, as is the step. A second start goes on from 2.
     bucket.go_back(there)
-    writer = metrics.MetricsWriter(storage.at(run), start_step=1)
+    writer = metrics.MetricsWriter(storage.at(run), start_step=2)
+    writer.write(3, {"loss": 0.125})
     monkeypatch.setattr(metrics, "_SECONDS_UNSENT", 0.0)
-    writer.write(2, {"loss": 0.125})
-    assert rows(run) == [1, 2], "nobody has to wait for a checkpoint longer than that"
+    writer.write(4, {"loss": 0.125})
+    assert rows(run) == [1, 2, 3, 4], "nobody has to wait for a checkpoint longer than that"
     writer.close()
-    assert json.loads(bucket.objects["run/metrics.jsonl"].content.splitlines()[1]) == {
-        "step": 2,
+    assert json.loads(bucket.objects["run/metrics.jsonl"].content.splitlines()[2]) == {
+        "step": 3,
         "loss": 0.125,
     }
     events = [name for name in bucket.objects if name.startswith("run/tensorboard/events")]
