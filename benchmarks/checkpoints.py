@@ -139,7 +139,7 @@ _FIXED = (speed.TASK, speed.SIZE, speed.DTYPE, speed.NEW)
 def main(_):
     given = [f"--{holder.name}" for holder in _FIXED if holder.present]
     if given:
-        told = "the step is that of SFT at the shape tiny in float32; change --batch and --seq alone"
+        told = "the step is that of SFT at the shape tiny in float32; leave them away"
         print(f"error: {', '.join(given)}: not for benchmarks.checkpoints, where {told}", file=sys.stderr)
         sys.exit(2)
     logging.set_verbosity(logging.WARNING)
