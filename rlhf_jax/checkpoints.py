@@ -37,7 +37,7 @@ class Checkpoints:
     Every process of a job calls every method; what lies in a directory is decided by the first of them.
 
     Raises:
-      InputError: if the directory cannot be made or written.
+      InputError: if the directory cannot be made, written or read.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int = 2, keep_every: int = 0):
@@ -46,12 +46,13 @@ class Checkpoints:
         # After a step's number: the digests of its files.
         self._digests = ".crc32c.json" if storage.in_bucket(self.directory) else ".sha256.json"
         hosts.decided_by_main(self._prepare)
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, keep_period=keep_every or None, create=False
-            ),
-        )
+        with storage.reached(self.directory):
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep, keep_period=keep_every or None, create=False
+                ),
+            )
         self._finisher = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="finish-checkpoint")
         self._finishing: futures.Future | None = None
         self._step = 0
@@ -213,12 +214,20 @@ class Checkpoints:
             problem = storage.problem(error)
             if problem is None:
                 raise
-            whole = [path.name for path in self.directory.glob("*") if _is_whole(path)]
-            kept = f"step {max(whole, key=int)} is saved there" if whole else "nothing was saved there yet"
             raise InputError(
-                f"cannot save step {step} in {self.directory}: {problem}; {kept}; make room or mend the disk, then run "
-                "the same command again"
+                f"cannot save step {step} in {self.directory}: {problem}; {self._kept()}; make room or mend the disk, "
+                "then run the same command again"
             ) from error
+
+    def _kept(self) -> str:
+        """What there is to go on from, for a sentence about what went wrong, and may keep it from being seen."""
+        try:
+            whole = [path.name for path in self.directory.glob("*") if _is_whole(path)]
+        except Exception as error:
+            if storage.problem(error) is None:
+                raise
+            return "what is saved there cannot be seen"
+        return f"step {max(whole, key=int)} is saved there" if whole else "nothing was saved there yet"
 
 
 def _is_whole(path: Path) -> bool:
@@ -228,7 +237,16 @@ def _is_whole(path: Path) -> bool:
 
 
 def find_damage(directory: Path, digest_path: Path) -> str | None:
-    """What is wrong with the files of ``directory``, or None; without digests (killed too early) nothing is known."""
+    """What is wrong with the files of ``directory``, or None; without digests (killed too early) nothing is known.
+
+    Raises:
+      InputError: they cannot be read, which says nothing of them.
+    """
+    with storage.reached(directory):
+        return _find_damage(directory, digest_path)
+
+
+def _find_damage(directory: Path, digest_path: Path) -> str | None:
     if not digest_path.exists():
         return None
     try:
@@ -284,8 +302,14 @@ def handoff_identity(workdir: str | os.PathLike) -> str | None:
 
 
 def is_finished(workdir: str | os.PathLike) -> bool:
-    """Whether a run has left its hand-off (which appears whole or not at all)."""
-    return (handoff_path(workdir) / "handoff.json").exists()
+    """Whether a run has left its hand-off (which appears whole or not at all).
+
+    Raises:
+      InputError: that cannot be seen.
+    """
+    path = handoff_path(workdir) / "handoff.json"
+    with storage.reached(path):
+        return path.exists()
 
 
 # Where a hand-off keeps what was trained beside a base, where that is all that was.
@@ -352,20 +376,24 @@ def load_handoff(workdir: str | os.PathLike) -> tuple[Handoff, Path]:
     """Reads what a finished run left: its description and the hand-off's path.
 
     Raises:
-      InputError: no such run, not finished, or a damaged file.
+      InputError: no such run, not finished, a damaged file, or one that cannot be read.
     """
     path = handoff_path(workdir)
-    if not path.parent.exists():
+    with storage.reached(path):
+        there = path.parent.exists()
+    if not there:
         raise InputError(f"there is no run at {workdir}; give the --workdir of a finished stage")
-    if not (path / "handoff.json").exists():
+    if not is_finished(workdir):
         raise InputError(f"the run at {workdir} has left no hand-off yet; run its stage to the end first")
     damage = hosts.decided_by_main(functools.partial(find_damage, path, path / "digests.json"))
     if damage:
         raise InputError(
             f"the hand-off {path} is damaged ({damage}); run that stage again in a fresh workdir"
         )
+    with storage.reached(path):
+        described = (path / "handoff.json").read_text()
     try:
-        return Handoff(**json.loads((path / "handoff.json").read_text())), path
+        return Handoff(**json.loads(described)), path
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{path / 'handoff.json'} is not the description of a hand-off ({error}); run that stage again in a fresh "

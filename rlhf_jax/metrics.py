@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import tempfile
 import time
@@ -126,8 +127,8 @@ class MetricsWriter:
     Opened at ``start_step``: rows of later steps, written by a run that was killed after its last checkpoint, are
     dropped first, so that the file of a resumed run equals that of an undisturbed one. On a disk a row is there once it
     is written. Nothing can be appended to an object of a bucket: there the files grow in a temporary directory of this
-    machine, and are uploaded whole by ``flush`` (for whoever saves what goes on from these rows), once a minute, and at
-    the end.
+    machine, and are uploaded whole by ``flush`` (for whoever saves what goes on from these rows), with the first row,
+    with the first one after a minute without an upload, and at the end.
 
     Raises:
       InputError: here and in every method, where the disk or bucket does not take what is written.
@@ -137,7 +138,8 @@ class MetricsWriter:
         # Imported here: TensorBoard's writer pulls in protobuf, which readers of metrics do not need.
         from tensorboardX import SummaryWriter
 
-        self._path, self._cleanup, self._sent_at = directory / "metrics.jsonl", None, time.monotonic()
+        self._path, self._cleanup = directory / "metrics.jsonl", None
+        self._sent_at = -math.inf  # the first row is due at once: it says that the run goes
         with written(self._path):
             storage.make_directory(directory)
             kept = [row for row in read_metrics(self._path) if row["step"] <= start_step]
@@ -179,7 +181,8 @@ class MetricsWriter:
             self._cleanup.cleanup()
 
 
-# Whoever watches a run in a bucket sees rows that are at most this old, and those of every checkpoint.
+# A row that is written this long after the last upload is uploaded, with those before it. The clock is looked at only
+# there: a run that writes a row every ten minutes shows each at once, and nothing is uploaded between two rows.
 _SECONDS_UNSENT = 60.0
 
 

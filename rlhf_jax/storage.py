@@ -105,14 +105,17 @@ def remove(path: Path) -> None:
 
 
 def files(directory: Path) -> dict[str, str | None]:
-    """Names of all files below ``directory`` -> the CRC-32C that a bucket keeps (base 64); None of a local file."""
+    """Names of all files below ``directory`` -> the CRC-32C that a bucket keeps (base 64); None of a local file.
+
+    gcsfuse and the console leave an empty object ``folder/`` for a folder of a flat bucket; those are no files.
+    """
     if not in_bucket(directory):
         return {str(file.relative_to(directory)): None for file in directory.rglob("*") if file.is_file()}
     import fsspec
 
     above = os.fspath(directory).removeprefix(_BUCKET) + "/"
     listed = fsspec.filesystem("gs").find(above, detail=True)
-    return {name.removeprefix(above): entry["crc32c"] for name, entry in listed.items() if name != above}
+    return {name.removeprefix(above): entry["crc32c"] for name, entry in listed.items() if name[-1] != "/"}
 
 
 @contextlib.contextmanager
@@ -144,6 +147,25 @@ def upload(source: pathlib.Path, target: Path) -> None:
     """Writes every file below ``source`` into a bucket, over what is there under its name."""
     for name in files(source):
         replace(target / name, (source / name).read_bytes())
+
+
+@contextlib.contextmanager
+def reached(path: Path) -> Iterator[None]:
+    """Within the block ``path`` is looked at and read; what its disk or bucket says to that is said in a sentence.
+
+    Raises:
+      InputError: it may not be read, or cannot be.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = problem(error)
+        if said is None:
+            raise
+        raise InputError(
+            f"cannot read {path}: {said}; give this account access to it, or mend the disk, then run the same command "
+            "again"
+        ) from error
 
 
 def problem(error: Exception) -> str | None:

@@ -41,10 +41,10 @@ class Object:
 
 
 class Bucket:
-    """Objects by name, the log of their changes, and names that are refused.
+    """Objects by name, the log of their changes, and what is refused.
 
     url: of the bucket. log: (name, Object) of a write and (name, None) of a removal, in order. refuse: a write of a
-    name that holds one of these is answered with 403.
+    name that holds one of these is answered with 403. lost: so is every request, as where access was taken away.
     """
 
     def __init__(self, name: str) -> None:
@@ -52,6 +52,7 @@ class Bucket:
         self.objects: dict[str, Object] = {}
         self.log: list[tuple[str, Object | None]] = []
         self.refuse: tuple[str, ...] = ()
+        self.lost = False
         self.lock = threading.RLock()
 
     def write(self, name: str, content: bytes) -> Object:
@@ -140,6 +141,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         name, target = (part and urllib.parse.unquote(part) for part in (name, target))
         if bucket != self.server.bucket.name:
             return _error(404, "The specified bucket does not exist.")
+        if self.server.bucket.lost:
+            return _error(403, f"the account may not use {bucket}")
         objects_ = re.search(r"/o(/|$)", parsed.path) is not None
         with self.server.bucket.lock:
             if kind == "upload":

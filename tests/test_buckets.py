@@ -11,6 +11,9 @@ from rlhf_jax import checkpoints, metrics, storage
 from rlhf_jax.checkpoints import Checkpoints
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.stages import run_directory
+from rlhf_jax.training.interrupt import StopRequest
+from rlhf_jax.training.optimizer import OptimizerConfig
 
 from .test_checkpoints import HANDOFF, PARAMS, numbers, restore, save_steps, state_of
 
@@ -161,6 +164,22 @@ def test_a_handoff_goes_from_a_bucket_to_a_disk_and_back(bucket, tmp_path):
             assert checkpoints.handoff_identity(run) == checkpoints.handoff_identity(f"{bucket.url}/run")
 
 
+def test_a_handoff_that_came_through_a_mount_is_read_by_its_url(bucket, tmp_path):
+    """gcsfuse leaves an empty object that ends in a slash for every directory of a flat bucket."""
+    leave(tmp_path / "run")
+    for path in (tmp_path / "run", *(tmp_path / "run").rglob("*")):
+        name = str(path.relative_to(tmp_path))
+        bucket.write(f"{name}/" if path.is_dir() else name, b"" if path.is_dir() else path.read_bytes())
+    run = storage.at(f"{bucket.url}/run")
+    assert "run/handoff/tokenizer/" in bucket.objects
+    assert set(storage.files(run)) == set(storage.files(tmp_path / "run"))
+    with storage.readable(run / "handoff" / "tokenizer") as directory:
+        assert [path.name for path in directory.iterdir()] == ["tokenizer.json"]
+    found, path = checkpoints.load_handoff(run)
+    assert found == HANDOFF
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_params(path), PARAMS)
+
+
 # fsspec uploads once more where a file that it could not write is collected, and is refused again.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_a_bucket_refuses_is_said_in_a_sentence(bucket):
@@ -185,6 +204,47 @@ def test_what_a_bucket_refuses_is_said_in_a_sentence(bucket):
     assert restore(run)[0] == 1
 
 
+def test_access_that_is_lost_during_a_save_is_said_in_a_sentence(bucket):
+    run = f"{bucket.url}/run"
+    save_steps(run, [1])
+    saver, iterator = Checkpoints(run), numbers()
+    bucket.lost = True
+    with pytest.raises(
+        InputError,
+        match=r"cannot save step 2 in gs://.*may not use .*; what is saved there cannot be seen; make room or mend",
+    ):
+        saver.save(2, state_of(2), iterator, {})
+        saver.wait()
+    bucket.lost = False
+    saver.close()
+    assert restore(run)[0] == 1
+
+
+def test_a_bucket_without_access_is_said_in_a_sentence(bucket):
+    workdir, start = f"{bucket.url}/run", f"{bucket.url}/start"
+    leave(start)
+    bucket.lost = True
+
+    def open_it(**inputs):
+        config, stop = OptimizerConfig(), StopRequest()
+        return run_directory.open_run(
+            workdir, "sft", config, inputs=inputs, parallelism="jit", mesh=None, stop=stop
+        )
+
+    refused = r": Forbidden: .*may not use .*; give this account access to it, or mend the disk, then run"
+    for read, place in (
+        (lambda: open_it(init_from=start), start),
+        (lambda: checkpoints.load_handoff(start), f"{start}/handoff"),
+        (lambda: checkpoints.is_finished(start), f"{start}/handoff/handoff.json"),
+        (lambda: run_directory.load_handoff_model(start), start),
+        (lambda: Checkpoints(workdir), f"{workdir}/checkpoints"),
+    ):
+        with pytest.raises(InputError, match=f"^cannot read {place}{refused}"):
+            read()
+    with pytest.raises(InputError, match=f"cannot write to workdir {workdir}: Forbidden.*; give a writable"):
+        open_it()
+
+
 def rows(run) -> list[int]:
     return [row["step"] for row in metrics.read_metrics(storage.at(run) / "metrics.jsonl")]
 
@@ -193,21 +253,24 @@ def test_rows_of_metrics_are_in_the_bucket_by_the_time_of_a_checkpoint(bucket, m
     run = f"{bucket.url}/run"
     writer = metrics.MetricsWriter(storage.at(run), start_step=-1)
     writer.write(1, {"loss": 0.5})
-    assert rows(run) == []
-    writer.flush()
+    assert rows(run) == [1], "the first row is seen at once"
+    writer.write(2, {"loss": 0.5})
     assert rows(run) == [1]
+    writer.flush()
+    assert rows(run) == [1, 2]
     there = len(bucket.log)
-    writer.write(2, {"loss": 0.25})
+    writer.write(3, {"loss": 0.25})
     writer.close()
-    # As if killed before the end: the row of step 2 is lost, as is the step. A second start goes on from 1.
+    # As if killed before the end: the row of step 3 is lost, as is the step. A second start goes on from 2.
     bucket.go_back(there)
-    writer = metrics.MetricsWriter(storage.at(run), start_step=1)
+    writer = metrics.MetricsWriter(storage.at(run), start_step=2)
+    writer.write(3, {"loss": 0.125})
     monkeypatch.setattr(metrics, "_SECONDS_UNSENT", 0.0)
-    writer.write(2, {"loss": 0.125})
-    assert rows(run) == [1, 2], "nobody has to wait for a checkpoint longer than that"
+    writer.write(4, {"loss": 0.125})
+    assert rows(run) == [1, 2, 3, 4], "nobody has to wait for a checkpoint longer than that"
     writer.close()
-    assert json.loads(bucket.objects["run/metrics.jsonl"].content.splitlines()[1]) == {
-        "step": 2,
+    assert json.loads(bucket.objects["run/metrics.jsonl"].content.splitlines()[2]) == {
+        "step": 3,
         "loss": 0.125,
     }
     events = [name for name in bucket.objects if name.startswith("run/tensorboard/events")]

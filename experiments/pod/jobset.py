@@ -112,7 +112,7 @@ spec:
                     driver: gcsfuse.csi.storage.gke.io
                     volumeAttributes:
                       bucketName: {json.dumps(bucket)}
-                      mountOptions: implicit-dirs
+                      mountOptions: {json.dumps(",".join(request.MOUNT_OPTIONS))}
 """
 
 

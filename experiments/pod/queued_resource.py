@@ -116,6 +116,7 @@ done
 
 def _mount(bucket: str) -> str:
     """For a machine's shell: gcsfuse, where there is none yet, from Google's packages; then the bucket in its place."""
+    options = " ".join(f"--{option}" for option in request.MOUNT_OPTIONS)
     key, packages = "/usr/share/keyrings/cloud.google.asc", "https://packages.cloud.google.com/apt"
     return (
         f"(command -v gcsfuse || (sudo curl -sSfo {key} {packages}/doc/apt-key.gpg"
@@ -123,7 +124,7 @@ def _mount(bucket: str) -> str:
         " | sudo tee /etc/apt/sources.list.d/gcsfuse.list"
         " && sudo apt-get update -q && sudo apt-get install -qy gcsfuse))"
         f" && sudo install -d -o $(id -u) {request.MOUNT}"
-        f" && (mountpoint -q {request.MOUNT} || gcsfuse --implicit-dirs {bucket} {request.MOUNT})"
+        f" && (mountpoint -q {request.MOUNT} || gcsfuse {options} {bucket} {request.MOUNT})"
     )
 
 

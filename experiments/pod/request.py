@@ -22,10 +22,13 @@ UNFINISHED = ("RLHF_JAX_INTERRUPTED_STATUS", "75")
 BUCKET = flags.DEFINE_string(
     "bucket",
     "",
-    "Cloud Storage bucket, mounted at /bucket on every machine; --workdir lies there. XPK mounts none.",
+    "Cloud Storage bucket, mounted at /bucket on every machine; --workdir lies there. For XPK none is attached.",
 )
 # Where it is mounted: a run's directory has to stay when its machines go.
 MOUNT = "/bucket"
+# How gcsfuse mounts it. A checkpoint and a hand-off become whole by the rename of a directory, which in a bucket with a
+# flat namespace gcsfuse refuses unless it is told how many files it may move for one: by default none.
+MOUNT_OPTIONS = ("implicit-dirs", "rename-dir-limit=200000")
 RESTARTS = flags.DEFINE_integer(
     "restarts", 20, "How often a job that failed is started again; preemption is a failure.", lower_bound=0
 )

@@ -5,10 +5,10 @@
         python -m experiments.sft --workdir=gs://b/sft8b --mesh=fsdp:16 > sft8b.sh
     bash sft8b.sh
 
-XPK (https://github.com/AI-Hypercomputer/xpk) makes the JobSet, on a cluster of its own making. It mounts no bucket, so
-the run lives in one by its URL, and the image holds the extras tpu and gcs. The command replaces the shell that XPK
-starts it with, so that the signal before a preemption reaches it; stopped and not done it ends with status 75, and XPK
-starts again what ends so.
+XPK (https://github.com/AI-Hypercomputer/xpk) makes the JobSet, on a cluster of its own making. XPK could attach
+a bucket to the workload; this command attaches none: the run lives in a bucket by its URL, and the image holds the
+extras tpu and gcs. The command replaces the shell that XPK starts it with, so that the signal before a preemption
+reaches it; stopped and not done it ends with status 75, and XPK starts again what ends so.
 """
 
 from __future__ import annotations

@@ -224,6 +224,11 @@ def _look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
     Where a mesh splits the vocabulary, each device looks up the ids that it holds, at full width, and the parts are
     summed (Shoeybi et al. 2019, section 3). Left to itself XLA gathers the whole vocabulary where the width is split
     too. Where the width alone is split its own way is kept: a part of every row, exchanged afterwards.
+
+    A vocabulary that ``tensor`` does not divide (GPT-2's 50,257 is odd) is left to XLA. Where fsdp splits the width, it
+    then gathers rows of the whole batch on every device: a part of their width, or, where there is ``data`` too, all of
+    it, and warns of an "involuntary full rematerialization". To gather the table instead would cost less there and more
+    without ``data``. Where it counts, take a mesh without ``tensor``.
     """
     axes = jax.tree.leaves(tuple(nn.logical_to_mesh_axes(("vocab",))))
     split = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)

@@ -1,4 +1,4 @@
-"""Checkpoints of Hugging Face, in and out, as safetensors only; imports errors and models only.
+"""Checkpoints of Hugging Face, in and out, as safetensors only; imports errors, storage and models.
 
 A directory holds ``config.json`` and ``model.safetensors`` (or ``model.safetensors.index.json`` and the shards it
 names). What differs between families is in ``families``. Tensors are read slice by slice straight into the arrays of
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import storage
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import tensor_files
 from rlhf_jax.models.config import ModelConfig
@@ -182,9 +183,9 @@ def local_directory(path_or_hub_id: str | os.PathLike[str]) -> pathlib.Path:
     """The directory itself, or where a repository of the hub was fetched to; no code and no pickles are fetched.
 
     Raises:
-        InputError: there is no such directory, and no repository of that name can be reached.
+        InputError: it is a URL; or there is no such directory, and no repository of that name can be reached.
     """
-    directory = pathlib.Path(path_or_hub_id)
+    directory = storage.local_path(path_or_hub_id)
     if directory.is_dir():
         return directory
     name = os.fspath(path_or_hub_id)

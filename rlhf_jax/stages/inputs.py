@@ -1,4 +1,4 @@
-"""The rows a stage trains on, from files, prepared sets or the embedded worlds, and their batches. Imports data."""
+"""The rows a stage trains on, of files, prepared sets or embedded worlds, and their batches. Imports data, storage."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from rlhf_jax import storage
 from rlhf_jax.data import arithmetic, batches, mixtures, pipeline, prepared, readers, world
 from rlhf_jax.data.mixtures import Mixture
 from rlhf_jax.data.prepared import PreparedRows
@@ -272,7 +273,7 @@ def _split_of(
     """
     paths = [config.path] if pathlib.Path(config.path).exists() else config.path.split(",")
     weights = _weights(config, len(paths))
-    sources = [_read(pathlib.Path(path), config, kind or config.format) for path in paths]
+    sources = [_read(storage.local_path(path), config, kind or config.format) for path in paths]
     sides, repeated = [], []
     for side in _divided(config, sources):
         parts = [convert(source, rows) for source, rows in zip(sources, side, strict=True)]

@@ -114,8 +114,9 @@ def open_run(
     ``mesh``: None puts all devices on the data axis. It is no part of what the run is: another may go on with it.
 
     Raises:
-      InputError: the directory or an input is a URL of no bucket; it cannot be written, or belongs to a run with
-        another config or other inputs; or the mesh splits parameters, which ``pmap`` does not.
+      InputError: the directory or an input is a URL of no bucket; an input cannot be read; the directory cannot be
+        written, or belongs to a run with another config or other inputs; or the mesh splits parameters, which ``pmap``
+        does not.
     """
     mesh = meshes.data_mesh() if mesh is None else mesh
     meshes.check_parallelism(mesh, parallelism)
@@ -153,8 +154,9 @@ def _enter(workdir: Path, description: dict[str, Any]) -> None:
 def _identity(path: str) -> dict[str, str | None]:
     """Where an input lies and what it was: an input that was made anew is another input. A hub name stays one."""
     place = storage.at(path)
-    where = str(storage.absolute(place)) if place.exists() else path
-    return {"path": where, "handoff": checkpoints.handoff_identity(path) or _weights(place)}
+    with storage.reached(place):
+        where = str(storage.absolute(place)) if place.exists() else path
+        return {"path": where, "handoff": checkpoints.handoff_identity(path) or _weights(place)}
 
 
 def _weights(place: Path) -> str | None:
@@ -297,8 +299,9 @@ def load_beside(path: str, run: Run, base: Model, options: adapters.LoraOptions)
 
 def _is_run(directory: Path) -> bool:
     """Whether a directory was written by a run, finished or not."""
-    if any((directory / name).exists() for name in _RESULTS):
-        return True
+    with storage.reached(directory):
+        if any((directory / name).exists() for name in _RESULTS):
+            return True
     try:
         return "stage" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

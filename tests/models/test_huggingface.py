@@ -211,6 +211,7 @@ def test_half_precision_weights_are_widened(copy):
 
 def test_missing_files(copy, tmp_path):
     refused(tmp_path / "nowhere", tmp_path / "nowhere", "exists")
+    refused("gs://bucket/gpt2", "gs://bucket/gpt2 is a URL", "a directory is needed", "gcsfuse")
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     refused(copy, copy / "pytorch_model.bin", "pickled", "safetensors")
     (copy / "pytorch_model.bin").unlink()

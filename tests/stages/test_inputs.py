@@ -207,6 +207,16 @@ BAD = [
         "holds prompts where demonstrations or",
     ),
     ({"path": "{0}/pairs,{0}/absent.jsonl"}, "preferences", "absent.jsonl does not exist: check the path"),
+    (
+        {"path": "gs://bucket/a.jsonl"},
+        "preferences",
+        "^gs://bucket/a.jsonl is a URL, .*; mount what it names",
+    ),
+    (
+        {"path": "{0}/pairs,gs://b/a.jsonl"},
+        "prompts",
+        "^gs://b/a.jsonl is a URL, and here a directory is needed",
+    ),
     ({"path": "{0}/pairs", "weights": "1,2"}, "preferences", "weights=1,2 has 2 numbers for the 1 paths"),
     (
         {"path": "{0}/pairs,{0}/pairs", "weights": "1,x"},

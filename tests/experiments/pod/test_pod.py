@@ -63,7 +63,10 @@ def test_the_manifest_asks_for_every_machine_of_the_slice():
     (volume,) = pod["volumes"]
     assert volume["name"] == container["volumeMounts"][0]["name"]
     assert volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
-    assert volume["csi"]["volumeAttributes"]["bucketName"] == "runs"
+    assert volume["csi"]["volumeAttributes"] == {
+        "bucketName": "runs",
+        "mountOptions": "implicit-dirs,rename-dir-limit=200000",
+    }
     assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
     tpus = {"google.com/tpu": 4}
     assert container["resources"] == {"requests": tpus, "limits": tpus}
@@ -166,7 +169,8 @@ def test_the_script_waits_runs_and_gives_the_slice_back(tmp_path):
     (ran,) = [call for call in calls if "experiments.sft" in call]
     # The apostrophe arrives as it was given.
     # The bucket is mounted by then.
-    assert any("gcsfuse --implicit-dirs runs /bucket" in call for call in calls[: calls.index(ran)])
+    mount = "gcsfuse --implicit-dirs --rename-dir-limit=200000 runs /bucket"
+    assert any(mount in call for call in calls[: calls.index(ran)])
     words = shlex.split(ran.partition("--command=")[2].partition("exec ")[2])
     assert words == COMMAND and "--worker=all" in ran
     assert "queued-resources delete" in calls[-1]
