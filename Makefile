@@ -44,9 +44,10 @@ lab: setup
 test: setup lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-# What takes long: the ladder whole, meshes, notebooks, stages killed with -9, one job of two processes.
+# What takes long: the ladder whole, meshes, notebooks, stages killed with -9, one job of two processes; part of it: SLOW=tests/system.
+SLOW ?= tests
 test-slow: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(SLOW)
 
 # Every stage compiled for a TPU slice that is not there.
 test-plan: setup-plan

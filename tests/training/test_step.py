@@ -67,7 +67,8 @@ def test_update_follows_the_exact_gradient_for_any_split(problem):
     for parts in (1, 2, 4, 8):
         step = jax.jit(make_train_step(objective, optimizer, num_microbatches=parts))
         state, metrics = step(init_train_state(params, optimizer, jax.random.key(0)), frozen, batch)
-        np.testing.assert_allclose(state.params["w"], expected, rtol=2e-6)
+        # Parameters of the unit 1, from which as much is taken: what is left is exact beside that.
+        np.testing.assert_allclose(state.params["w"], expected, rtol=2e-6, atol=1e-7)
         np.testing.assert_allclose(
             metrics["loss/token"].total / metrics["loss/token"].weight
             + metrics["loss/row"].total / metrics["loss/row"].weight,
