@@ -1,9 +1,9 @@
 """The ladder on the embedded world: film reviews, a labeller who likes length, a gold reward that does not.
 
 Command: make quickstart (python -m experiments.quickstart --workdir=runs/quickstart)
-Time: 250 s on two quiet cores, 1.8 GB.
-Expect, at seed 0: reward model 0.791 of at most 0.804; gold of SFT 1.05, PPO 4.1 at 3.9 nats, DPO 3.2, best of 16 3.7;
-without the leash gold goes from 1.3 over 4.0 to 2.0 while the proxy goes from -0.6 over 2.4 to 3.4.
+Time: 309 s on two cores, 1.4 GB.
+Expect, at seed 0: reward model 0.791 of at most 0.804; gold of SFT 1.05, PPO 4.1 at 5.2 nats, DPO 3.2, best of 16 3.7;
+without the leash gold goes from 1.3 over 3.8 to 0.5 while the proxy goes from -0.6 over 2.5 to 3.6.
 """
 
 import ml_collections
