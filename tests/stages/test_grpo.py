@@ -164,6 +164,7 @@ def test_kl_is_zero_before_the_first_update_and_the_policy_moves(changes, ladder
         assert abs(first["loss/kl"]) < 1e-9 and second["loss/kl"] > 0
 
 
+@pytest.mark.slow
 def test_micro_batches_and_pmap_give_the_update_of_jit(ladder, tmp_path):
     found = {}
     for arguments in (("jit", 1), ("pmap", 1), ("jit", 2)):
@@ -196,6 +197,7 @@ def test_a_stopped_run_ends_in_the_bits_of_an_undisturbed_one(ladder, tmp_path):
     assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "stopped")
 
 
+@pytest.mark.slow
 def test_the_penalty_in_the_reward_keeps_the_policy_near(ladder, tmp_path):
     kl = {}
     for beta in (0.0, 5.0):

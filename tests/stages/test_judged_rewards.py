@@ -220,6 +220,7 @@ def test_what_beats_the_others_of_its_group_by_asking_the_model_itself(ladder, t
     np.testing.assert_allclose(cut.scores, [0.0] * 3 + expected[3:], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_on_ai_feedback_and_its_win_rate_over_the_first_policy(ladder, tmp_path):
     # Two responses, and the question around them, in the context that was made for one.
     config = dataclasses.replace(

@@ -114,7 +114,15 @@ def test_online_dpo_starts_at_log_two_and_its_reference_is_the_one_asked_for(ref
     assert rows[-1]["eval/kl"] > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["best", "advantage", "reward", "distribution"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "best",
+        pytest.param("advantage", marks=pytest.mark.slow),
+        pytest.param("reward", marks=pytest.mark.slow),
+        pytest.param("distribution", marks=pytest.mark.slow),
+    ],
+)
 def test_learning_from_the_better_samples_raises_the_reward(kind, ladder, tmp_path):
     config = dataclasses.replace(
         REJECTION,
@@ -133,6 +141,7 @@ def test_learning_from_the_better_samples_raises_the_reward(kind, ladder, tmp_pa
     assert rows[-1]["eval/proxy"] > rows[0]["eval/proxy"] + 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["online_dpo", "best", "distribution"])
 def test_micro_batches_and_pmap_give_the_update_of_jit(stage, ladder, tmp_path):
     found = {}

@@ -262,6 +262,7 @@ PPO_STEPS = ppo.Config(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("credit", "answer_weight"), [("response", 0.0), ("step", 0.0), ("step", 0.5)])
 def test_grpo_raises_what_the_process_reward_model_likes(credit, answer_weight, runs, tmp_path):
     config = dataclasses.replace(
@@ -300,7 +301,7 @@ def test_ppo_is_paid_as_steps_end(runs):
     assert float(metrics["score"].mean()) == 9.0
 
 
-@pytest.mark.parametrize("reward", ["process", "sentiment"])
+@pytest.mark.parametrize("reward", ["process", pytest.param("sentiment", marks=pytest.mark.slow)])
 def test_ppo_takes_rewards_that_are_no_reward_model(reward, runs, ladder, tmp_path):
     if reward == "process":
         config = dataclasses.replace(PPO_STEPS, answer_weight=0.5)

@@ -33,7 +33,7 @@ def runners(ladder):
     }
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_interrupted_twice_equals_undisturbed_bitwise(stage, ladder, tmp_path):
     run = runners(ladder)[stage]
     run(tmp_path / "whole", stop=StopRequest())
@@ -70,7 +70,14 @@ def test_metrics_written_after_the_last_checkpoint_are_written_again_not_twice(l
     ).read_text()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "truncated",
+        pytest.param("flipped", marks=pytest.mark.slow),
+        pytest.param("missing", marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, ladder, tmp_path, caplog):
     sft.run(SFT, tmp_path / "whole", stop=StopRequest())
     with pytest.raises(Interrupted):

@@ -221,7 +221,7 @@ def votes(tmp_path_factory) -> pathlib.Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["all_pairs", "pairs"])
+@pytest.mark.parametrize("kind", ["all_pairs", pytest.param("pairs", marks=pytest.mark.slow)])
 def test_a_prepared_set_trains_as_its_file_soft_labels_and_all(kind, votes, ladder, tmp_path):
     """Through the config that a command makes: kind, ranking_size, soft_labels and vote_prior are all read."""
     kept = votes.with_suffix("") if kind == "all_pairs" else votes.with_name("pairs")
@@ -247,6 +247,7 @@ def test_a_prepared_set_trains_as_its_file_soft_labels_and_all(kind, votes, ladd
     assert -1 <= facts["eval/length_correlation"] <= 1 and "bayes_accuracy" not in facts
 
 
+@pytest.mark.slow
 def test_interrupted_equals_undisturbed_bitwise_with_a_length_penalty(ladder, tmp_path):
     config = dataclasses.replace(RANKED, length_penalty=2.0)
     start = {"init_from": ladder.sft}

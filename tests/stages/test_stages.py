@@ -136,7 +136,7 @@ def test_a_tiny_learning_rate_moves_policies_and_never_the_frozen_roles(ladder, 
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_pmap_and_micro_batches_give_the_update_of_jit(stage, ladder, tmp_path):
     """Over eight devices; micro-batches of the PPO minibatches too."""
 
