@@ -52,7 +52,6 @@ __all__ = [
     "encode_rankings",
     "demonstration_batches",
     "preference_batches",
-    "ranking_batches",
     "steps_batches",
     "prompt_batches",
     "packed_batches",
@@ -158,26 +157,14 @@ def demonstration_batches(
 
 
 def preference_batches(
-    encoded: Encoded[EncodedPreference],
+    encoded: Encoded[EncodedPreference] | Encoded[EncodedRanking],
     *,
     batch_size: int,
     seed: int,
     share: pipeline.Share = _WHOLE,
     num_buckets: int = 1,
 ) -> pipeline.BatchIterator:
-    """Endless batches of pairs; see `demonstration_batches`."""
-    return _batches(encoded, batch_size=batch_size, seed=seed, share=share, num_buckets=num_buckets)
-
-
-def ranking_batches(
-    encoded: Encoded[EncodedRanking],
-    *,
-    batch_size: int,
-    seed: int,
-    share: pipeline.Share = _WHOLE,
-    num_buckets: int = 1,
-) -> pipeline.BatchIterator:
-    """Endless batches of rankings, ``batch_size`` of them; see `demonstration_batches`."""
+    """Endless batches of pairs, or of rankings; see `demonstration_batches`."""
     return _batches(encoded, batch_size=batch_size, seed=seed, share=share, num_buckets=num_buckets)
 
 

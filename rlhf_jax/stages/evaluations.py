@@ -18,7 +18,7 @@ from rlhf_jax.evaluation.policies import RowReward
 from rlhf_jax.parallel import hosts
 from rlhf_jax.rewards import ensembles
 from rlhf_jax.stages.rewards import Reward
-from rlhf_jax.stages.rollouts import make_rollout
+from rlhf_jax.stages.rollouts import answers, make_rollout
 from rlhf_jax.stages.run_directory import Model, Purpose, Run
 
 
@@ -58,8 +58,8 @@ class StopWhen:
 class Best:
     """The best evaluation so far.
 
-    params: what was trained, as it was then. value: [] float32. step: [] int32, the iteration after which it was.
-    since: [] int32, evaluations since then.
+    params: what the run leaves of what it trains, as it was then. value: [] float32. step: [] int32, the iteration
+    after which it was. since: [] int32, evaluations since then.
     """
 
     params: Any
@@ -95,6 +95,30 @@ def follow(best: Best, params: Any, value: float, step: jax.Array) -> Best:
             since=put(0, best.since),
         )
     return dataclasses.replace(best, since=put(hosts.fetch(best.since) + 1, best.since))
+
+
+def after(
+    stop_when: StopWhen, best: Best | None, params: Any, found: Mapping[str, float], step: jax.Array
+) -> tuple[Best | None, bool]:
+    """(the best evaluation after one more, whether the run ends there); ``best`` is None without patience.
+
+    params: see `Best`. found: the numbers of the evaluation. step: the iteration after which it is.
+    """
+    ended = stop_when(found)
+    if best is None:
+        return None, ended
+    best = follow(best, params, found[f"eval/{stop_when.measure}"], step)
+    return best, ended or int(best.since) >= stop_when.patience
+
+
+def left(trained: Any, best: Best | None) -> Any:
+    """What a run leaves of what it trained: that of the best evaluation, where it has patience."""
+    return trained if best is None else best.params
+
+
+def facts_of(best: Best | None) -> dict[str, float]:
+    """Of a run that leaves its best evaluation: after which iteration that was, and what it measured."""
+    return {} if best is None else {"best_iteration": int(best.step), "best_value": float(best.value)}
 
 
 def check_stop_when(config: Any, *, gold: RowReward | None, held_out: RowReward | None) -> None:
@@ -198,11 +222,8 @@ def make_alarm(
     key = run.key(config.seed, Purpose.ALARM)
 
     def scores_of(params: Any, key: jax.Array) -> np.ndarray:
-        parts = []
-        for number, (batch, real) in enumerate(batches.eval_batches(held_out, config.batch_size)):
-            found = hosts.fetch(of_members(rollout(params, batch, jax.random.fold_in(key, number), 0)))
-            parts.append(found[:, real])
-        return np.concatenate(parts, axis=1)
+        said = answers(rollout, params, held_out, key, batch_size=config.batch_size)
+        return np.concatenate([hosts.fetch(of_members(part))[:, real] for part, _, real in said], axis=1)
 
     reference = {"decoder": model.params["decoder"]}
     alarm = ensembles.calibrate_alarm(scores_of(reference, jax.random.fold_in(key, 0)))

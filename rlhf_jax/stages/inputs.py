@@ -237,17 +237,8 @@ def demonstration_batches(
 def preference_batches(
     config: BatchConfig, encoded: batches.Encoded, *, batch_size: int, seed: int
 ) -> pipeline.BatchIterator:
-    """Endless batches of pairs; ``batch_size`` counts those of all processes."""
+    """Endless batches of pairs, or of rankings; ``batch_size`` counts those of all processes."""
     return batches.preference_batches(
-        encoded, batch_size=batch_size, seed=seed, share=config.share, num_buckets=config.num_buckets
-    )
-
-
-def ranking_batches(
-    config: BatchConfig, encoded: batches.Encoded, *, batch_size: int, seed: int
-) -> pipeline.BatchIterator:
-    """Endless batches of rankings; ``batch_size`` counts those of all processes."""
-    return batches.ranking_batches(
         encoded, batch_size=batch_size, seed=seed, share=config.share, num_buckets=config.num_buckets
     )
 
@@ -355,31 +346,24 @@ def _read(path: pathlib.Path, config: DataConfig, kind: str) -> _Source:
     return _Source(path=path, kind=kind, rows=rows, groups=groups, left_out=report.skipped)
 
 
-def _as_steps(source: _Source, rows: Sequence) -> Sequence:
-    if source.kind != "steps":
-        raise InputError(
-            f"{source.path} holds {source.kind} where solutions in judged steps are needed; prepare a set with "
-            "--kind=steps"
-        )
-    return rows
+def _only(kind: str, what: str, remedy: str) -> Callable[[_Source, Sequence], Sequence]:
+    """Rows as they are, of one kind alone; others are refused in a sentence."""
+
+    def convert(source: _Source, rows: Sequence) -> Sequence:
+        if source.kind != kind:
+            raise InputError(f"{source.path} holds {source.kind} where {what} are needed; {remedy}")
+        return rows
+
+    return convert
 
 
-def _as_rankings(source: _Source, rows: Sequence) -> Sequence:
-    if source.kind != "rankings":
-        raise InputError(
-            f"{source.path} holds {source.kind} where rankings are needed; prepare a set with --kind=rankings, or give "
-            "--config.kind=pairs"
-        )
-    return rows
-
-
-def _as_preferences(source: _Source, rows: Sequence) -> Sequence:
-    if source.kind != "preferences":
-        raise InputError(
-            f"{source.path} holds {source.kind} where preferences are needed; give files of preferences, or prepare "
-            "a set with --kind=preferences"
-        )
-    return rows
+_as_steps = _only("steps", "solutions in judged steps", "prepare a set with --kind=steps")
+_as_rankings = _only(
+    "rankings", "rankings", "prepare a set with --kind=rankings, or give --config.kind=pairs"
+)
+_as_preferences = _only(
+    "preferences", "preferences", "give files of preferences, or prepare a set with --kind=preferences"
+)
 
 
 def _as_demonstrations(source: _Source, rows: Sequence) -> Sequence:

@@ -18,7 +18,7 @@ from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import ai_feedback, judges
 from rlhf_jax.sampling.prompts import bucket_width, pad_prompts
-from rlhf_jax.stages.rollouts import make_rollout
+from rlhf_jax.stages.rollouts import answers, make_rollout
 from rlhf_jax.stages.run_directory import Model, Purpose, Run
 from rlhf_jax.types import Rollout
 
@@ -204,11 +204,10 @@ def beats_initial(
     answer = _make_answer(judge, options, run, config.batch_size)
     rollout, key = make_rollout(run, model, config.sampling), run.key(config.seed, Purpose.SCALE)
     params, opponents = {"decoder": model.params["decoder"]}, {}
-    for number, (batch, real) in enumerate(batches.eval_batches(held_out, config.batch_size)):
-        said = hosts.fetch(rollout(params, batch, jax.random.fold_in(key, number), 0))
-        texts = policies.response_texts(model.tokenizer, said)
-        for row in np.flatnonzero(real):
-            opponents.setdefault(held_out.rows[batch["index"][row]].row.prompt, texts[row])
+    for said, rows, real in answers(rollout, params, held_out, key, batch_size=config.batch_size):
+        texts = policies.response_texts(model.tokenizer, hosts.fetch(said))
+        for place in np.arange(len(rows))[real]:
+            opponents.setdefault(rows[place].prompt, texts[place])
 
     def of_rows(rollout: Rollout, rows: Sequence[Any]) -> np.ndarray:
         texts = policies.response_texts(model.tokenizer, hosts.fetch(rollout))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from rlhf_jax.data import batches
 from rlhf_jax.errors import InputError
@@ -63,16 +63,17 @@ class Method:
     policy_of: the policy among the trained params. group_size: responses a prompt; rows are groups one after another.
     rounds, missing_eos_score: see ``rollouts.make_collect``. beta: the KL penalty to start with. next_beta:
     ``next_beta(beta, observed kl)``; None keeps it. early_stop_kl: an iteration's updates end once the metric
-    ``approx_kl``, nats a token, is above; 0 never. by_steps: whether ``prepare`` reads the scores of steps, which a
-    process reward model alone has. rows_of_group: rows that an update sees of the responses to a prompt; None: as many
-    as there are responses. reads_reference: which policy the objective reads, frozen, as ``{"reference": params}``
-    beside params: none, that of the "start", or that which the "iteration" began with. lora: what is trained is
-    adapters on the reference; None: all parameters.
+    ``approx_kl``, nats a token, is above; 0 never. kept: what the run leaves of the trained params. by_steps: whether
+    ``prepare`` reads the scores of steps, which a process reward model alone has. rows_of_group: rows that an update
+    sees of the responses to a prompt; None: as many as there are responses. reads_reference: which policy the
+    objective reads, frozen, as ``{"reference": params}`` beside params: none, that of the "start", or that which the
+    "iteration" began with. lora: what is trained is adapters on the reference; None: all parameters.
     """
 
     prepare: Callable[[Any, Any, ScoredRollout, jax.Array], tuple[Any, dict]]
     objective: Objective
     policy_of: Callable[[Any], Any] = lambda params: params
+    kept: Callable[[Any], Any] = lambda params: params
     group_size: int = 1
     rounds: int = 1
     missing_eos_score: float | None = None
@@ -257,16 +258,7 @@ def train(
     optimizer = make_optimizer(
         config.optimizer, config.schedule.num_steps * config.num_epochs * config.num_minibatches
     )
-    state = OnlineState(
-        train=init_train_state(
-            jax.tree.map(jnp.copy, params), optimizer, run.key(config.seed, Purpose.TRAIN)
-        ),
-        beta=jnp.float32(method.beta),
-        iteration=jnp.zeros((), jnp.int32),
-        multiplier=None if next_multiplier is None else jnp.zeros((), jnp.float32),
-        best=evaluations.nothing_yet(params) if config.stop_when.patience else None,
-    )
-    places = sharding.mirrored(run.mesh, state, params, jax.tree.map(lambda x: x.sharding, params))
+    state, places = _first_state(run, config, method, params, optimizer)
     iterate = make_iteration(
         method,
         collect=rollouts.make_collect(
@@ -306,8 +298,14 @@ def train(
         run.stage, config.schedule.num_steps, ("proxy", "gold", "kl", "length"), line_every=10
     )
     # Nobody else may hold the first state: a run that goes on would have its moments beside those that it reads.
-    first = [meshes.put(state, places)]
+    first = [state]
     del state
+
+    def evaluated(state: OnlineState, found: Mapping[str, float]) -> tuple[OnlineState, bool]:
+        kept = method.kept(state.train.params)
+        best, ended = evaluations.after(config.stop_when, state.best, kept, found, state.iteration)
+        return dataclasses.replace(state, best=best), ended
+
     try:
         return fit(
             state=first.pop(),
@@ -320,35 +318,29 @@ def train(
             stop=run.stop,
             evaluate=lambda state: counts | evaluate(method.policy_of(state.train.params)),
             skipped_updates=lambda state: state.train.skipped,
-            evaluated=functools.partial(_evaluated, config.stop_when),
+            evaluated=evaluated,
             sources_of=iterator.sources_of,
         )
     finally:
         progress.close()
 
 
-def _evaluated(
-    stop_when: evaluations.StopWhen, state: OnlineState, found: Mapping[str, float]
-) -> tuple[OnlineState, bool]:
-    """The state that remembers an evaluation, where it has to, and whether the run ends there."""
-    ended = stop_when(found)
-    if state.best is None:
-        return state, ended
-    value = found[f"eval/{stop_when.measure}"]
-    best = evaluations.follow(state.best, state.train.params, value, state.iteration)
-    return dataclasses.replace(state, best=best), ended or int(best.since) >= stop_when.patience
-
-
-def left(state: OnlineState) -> Any:
-    """What was trained, as the run leaves it: of the best evaluation, where it was asked to wait for a better one."""
-    return state.train.params if state.best is None else state.best.params
-
-
-def facts_of(state: OnlineState) -> dict[str, float]:
-    """Of a run that leaves its best evaluation: after which iteration that was, and what it measured."""
-    if state.best is None:
-        return {}
-    return {"best_iteration": int(state.best.step), "best_value": float(state.best.value)}
+def _first_state(
+    run: Run, config: Any, method: Method, params: Any, optimizer: optax.GradientTransformation
+) -> tuple[OnlineState, OnlineState]:
+    """Before the first iteration, on the run's mesh; and where each part of it lives."""
+    constrained = config.constraint.at_least is not None
+    state = OnlineState(
+        train=init_train_state(
+            jax.tree.map(jnp.copy, params), optimizer, run.key(config.seed, Purpose.TRAIN)
+        ),
+        beta=jnp.float32(method.beta),
+        iteration=jnp.zeros((), jnp.int32),
+        multiplier=jnp.zeros((), jnp.float32) if constrained else None,
+        best=evaluations.nothing_yet(method.kept(params)) if config.stop_when.patience else None,
+    )
+    places = sharding.mirrored(run.mesh, state, params, jax.tree.map(lambda x: x.sharding, params))
+    return meshes.put(state, places), places
 
 
 def _adapted(method: Method, base: Any, settings: LoraConfig) -> Method:
@@ -420,8 +412,12 @@ def run(
             held_out=held_out,
             reward=reward,
         )
-    trained = adapters.result(left(state), model.params, config.lora.settings)
-    leave_handoff(run_, config, model, trained, made_from=list(where.values()), facts=facts_of(state))
+    trained = adapters.result(
+        evaluations.left(state.train.params, state.best), model.params, config.lora.settings
+    )
+    leave_handoff(
+        run_, config, model, trained, made_from=list(where.values()), facts=evaluations.facts_of(state.best)
+    )
 
 
 def check_split(

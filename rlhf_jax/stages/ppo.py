@@ -227,6 +227,7 @@ def make_method(model: ModelConfig, value_model: ModelConfig, config: Config) ->
         prepare=make_prepare(model, value_model, config),
         objective=make_objective(model, value_model, config),
         policy_of=lambda params: params["policy"],
+        kept=lambda params: {"policy": params["policy"]},
         beta=config.beta,
         next_beta=functools.partial(_adapt, config) if config.adaptive_kl_target else None,
         early_stop_kl=config.early_stop_kl,
@@ -290,9 +291,11 @@ def run(
         run_,
         config,
         model,
-        adapters.result(online.left(state)["policy"], model.params, config.lora.settings),
+        adapters.result(
+            evaluations.left(state.train.params, state.best)["policy"], model.params, config.lora.settings
+        ),
         made_from=list(where.values()),
-        facts={"beta": float(state.beta)} | online.facts_of(state),
+        facts={"beta": float(state.beta)} | evaluations.facts_of(state.best),
     )
 
 

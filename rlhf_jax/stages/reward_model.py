@@ -217,7 +217,7 @@ def run(
         else reward_objectives.make_objective(model.config, **config.loss),
         params=params,
         frozen={},
-        iterator=(inputs.ranking_batches if is_ranked else inputs.preference_batches)(
+        iterator=inputs.preference_batches(
             config.batches,
             train_rows,
             batch_size=config.batch_size * config.members,

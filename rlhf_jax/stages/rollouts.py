@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -147,6 +147,18 @@ def make_rollout(run: Run, model: Model, sampling: SamplingConfig) -> Callable[.
         return within_mesh(params, tokens, token_mask, key, step)
 
     return rollout
+
+
+def answers(
+    rollout: Callable[..., Rollout], params: Any, encoded: batches.Encoded, key: jax.Array, *, batch_size: int
+) -> Iterator[tuple[Rollout, list[Any], np.ndarray]]:
+    """What a policy says to each of ``encoded``, in batches of one shape: the rollout, its data rows, which are real.
+
+    rollout: see `make_rollout`. A row's noise depends on ``key`` and its place.
+    """
+    for number, (batch, real) in enumerate(batches.eval_batches(encoded, batch_size)):
+        said = rollout(params, batch, jax.random.fold_in(key, number), 0)
+        yield said, [encoded.rows[i].row for i in batch["index"]], real
 
 
 def of_prompts(reward: RowReward, encoded: batches.Encoded) -> Callable[[Rollout, np.ndarray], Any]:

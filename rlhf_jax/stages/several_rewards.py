@@ -22,7 +22,7 @@ from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.evaluation.policies import RowReward
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.rewards import objectives
-from rlhf_jax.stages.rollouts import Combine, make_rollout
+from rlhf_jax.stages.rollouts import Combine, answers, make_rollout
 from rlhf_jax.stages.run_directory import Model, Purpose, Run
 
 
@@ -152,12 +152,9 @@ def _of_initial_policy(
 ) -> np.ndarray:
     """The scores [K, N] float64 of one response of the initial policy to each of N held-out prompts."""
     rollout, key = make_rollout(run, model, config.sampling), run.key(config.seed, Purpose.SCALE)
-    params, parts = {"decoder": model.params["decoder"]}, []
-    within_mesh = sharding.within(run.mesh, each)
-    for number, (batch, real) in enumerate(batches.eval_batches(held_out, config.batch_size)):
-        said = rollout(params, batch, jax.random.fold_in(key, number), 0)
-        rows = [held_out.rows[i].row for i in batch["index"]]
-        parts.append(hosts.fetch(within_mesh(said, rows))[:, real])
+    params, within_mesh = {"decoder": model.params["decoder"]}, sharding.within(run.mesh, each)
+    said = answers(rollout, params, held_out, key, batch_size=config.batch_size)
+    parts = [hosts.fetch(within_mesh(part, rows))[:, real] for part, rows, real in said]
     return np.concatenate(parts, axis=1).astype(np.float64)
 
 

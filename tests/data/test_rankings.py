@@ -95,7 +95,7 @@ def test_a_prepared_set_gives_the_batches_of_its_file(path, soft):
     found = []
     for source in (rows, kept):
         encoded, _ = encoded_of(source)
-        iterator = batches.ranking_batches(encoded, batch_size=2, seed=1)
+        iterator = batches.preference_batches(encoded, batch_size=2, seed=1)
         found.append([next(iterator) for _ in range(3)])
     for of_file, of_set in zip(*found, strict=True):
         assert (of_file.probability is None) == (not soft)
@@ -148,8 +148,8 @@ def test_the_worlds_rankings_fit_and_buckets_are_narrower():
     encoded, _ = rankings.encode_rankings(
         rows, TOKENIZER, ranking_size=3, prompt_length=16, response_length=48
     )
-    plain = next(batches.ranking_batches(encoded, batch_size=8, seed=0))
-    narrow = next(batches.ranking_batches(encoded, batch_size=8, seed=0, num_buckets=2))
+    plain = next(batches.preference_batches(encoded, batch_size=8, seed=0))
+    narrow = next(batches.preference_batches(encoded, batch_size=8, seed=0, num_buckets=2))
     assert plain.responses.tokens.shape == (8, 3, 64)
     assert narrow.responses.tokens.shape[:2] == (8, 3) and narrow.responses.tokens.shape[2] < 64
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import pathlib
-import types
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +12,12 @@ import pytest
 from rlhf_jax import checkpoints
 from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import read_metrics
-from rlhf_jax.stages import evaluations, grpo, online
+from rlhf_jax.stages import evaluations, grpo, ppo
 from rlhf_jax.stages.evaluations import StopWhen
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 from rlhf_jax.training.loop import Schedule
 
-from .conftest import DATA, SHARED, StopAfter
+from .conftest import DATA, PPO, SHARED, StopAfter
 
 STOP = StopRequest()
 CONFIG = grpo.Config(
@@ -31,25 +30,13 @@ CONFIG = grpo.Config(
 
 
 def after(script, patience):
-    """(what ended each evaluation, the state) of a run whose measure follows a script; parameters count the steps."""
-    state = online.OnlineState(
-        train=types.SimpleNamespace(params={"w": jnp.float32(0)}),
-        beta=jnp.float32(0),
-        iteration=jnp.int32(0),
-        best=evaluations.nothing_yet({"w": jnp.float32(0)}),
-    )
-    ended = []
+    """(what ended each evaluation, the best) of a run whose measure follows a script; parameters count the steps."""
+    best, ended = evaluations.nothing_yet({"w": jnp.float32(0)}), []
     for step, value in enumerate(script):
-        state = dataclasses.replace(
-            state,
-            train=types.SimpleNamespace(params={"w": jnp.float32(step)}),
-            iteration=jnp.int32(step),
-        )
-        state, ends = online._evaluated(
-            StopWhen(patience=patience), state, {"eval/gold": value, "eval/kl": 1.0}
-        )
+        found, params = {"eval/gold": value, "eval/kl": 1.0}, {"w": jnp.float32(step)}
+        best, ends = evaluations.after(StopWhen(patience=patience), best, params, found, jnp.int32(step))
         ended.append(ends)
-    return ended, state
+    return ended, best
 
 
 @pytest.mark.parametrize(
@@ -67,18 +54,16 @@ def after(script, patience):
     ],
 )
 def test_patience_on_a_script(script, ends_at, best):
-    ended, state = after(script, patience=3)
+    ended, found = after(script, patience=3)
     assert ended == [step == ends_at for step in range(len(script))]
-    assert online.facts_of(state) == {"best_iteration": best, "best_value": script[best]}
-    assert float(online.left(state)["w"]) == best
+    assert evaluations.facts_of(found) == {"best_iteration": best, "best_value": script[best]}
+    assert float(evaluations.left({"w": -1.0}, found)["w"]) == best
 
 
 def test_without_patience_nothing_is_kept():
-    state = online.OnlineState(
-        train=types.SimpleNamespace(params={"w": 7}), beta=jnp.float32(0), iteration=jnp.int32(3)
-    )
-    state, ends = online._evaluated(StopWhen(kl_above=0.5), state, {"eval/kl": 1.0})
-    assert ends and online.left(state) == {"w": 7} and online.facts_of(state) == {}
+    best, ends = evaluations.after(StopWhen(kl_above=0.5), None, {"w": 7}, {"eval/kl": 1.0}, jnp.int32(3))
+    assert ends and best is None
+    assert evaluations.left({"w": 7}, best) == {"w": 7} and evaluations.facts_of(best) == {}
 
 
 def decoder_of(workdir):
@@ -139,3 +124,18 @@ def test_a_patience_that_waits_for_nothing_is_refused(change, message):
 def test_a_measure_without_patience_is_refused():
     with pytest.raises(InputError, match="measure is 'held_out', which nothing reads without patience"):
         StopWhen(measure="held_out")
+
+
+@pytest.mark.slow
+def test_ppo_keeps_the_best_policy_and_no_value_model_beside_it(ladder, tmp_path):
+    """At a learning rate of 0 no evaluation is better than the first, and what is left is the initial policy."""
+    frozen = dataclasses.replace(PPO.optimizer, learning_rate=0.0)
+    schedule = Schedule(num_steps=4, eval_every=1, save_every=1)
+    config = dataclasses.replace(PPO, optimizer=frozen, schedule=schedule, stop_when=StopWhen(patience=2))
+    ppo.run(config, tmp_path, init_from=ladder.sft, reward_from=ladder.reward_model, stop=STOP)
+    handoff, _ = checkpoints.load_handoff(tmp_path)
+    assert handoff.facts["best_iteration"] == 0
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")][-1] == 2
+    jax.tree.map(np.testing.assert_array_equal, decoder_of(tmp_path), decoder_of(ladder.sft))
+    kept = ppo.make_method(None, None, config).kept({"policy": 1, "value": 2})
+    assert kept == {"policy": 1}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import pathlib
 
@@ -12,6 +13,7 @@ import pytest
 from rlhf_jax import checkpoints
 from rlhf_jax.errors import InputError
 from rlhf_jax.stages import dpo, ppo, reward_model, sft
+from rlhf_jax.training import loop
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig
@@ -49,6 +51,26 @@ def test_interrupted_twice_equals_undisturbed_bitwise(stage, ladder, tmp_path):
     whole, halves = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "halves"))
     assert halves == whole
     assert [json.loads(line)["step"] for line in whole.splitlines()] == [0, 2, 4]
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_holds_no_more_than_one_that_starts(ladder, tmp_path, monkeypatch):
+    """Where its first state stayed beside what it reads, there would be two of the optimiser's moments."""
+    held, real = [], loop._agree
+
+    def agree(*args):
+        gc.collect()
+        held.append(sum(x.nbytes for x in jax.live_arrays()))
+        return real(*args)
+
+    monkeypatch.setattr(loop, "_agree", agree)
+    run = runners(ladder)["ppo"]
+    with pytest.raises(Interrupted):
+        run(tmp_path, stop=StopAfter(3))
+    started, before = held[-1], len(held)
+    run(tmp_path, stop=StopRequest())
+    params = sum(np.asarray(x).nbytes for x in jax.tree.leaves(params_of(tmp_path)))
+    assert held[before + 1] < started + params, "after a step, when what is trained has been given up"
 
 
 def test_a_finished_run_is_left_alone(ladder, tmp_path):
