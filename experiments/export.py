@@ -2,6 +2,7 @@
 
     python -m experiments.export --run=runs/ppo --to=exported/ppo
     python -m experiments.export --run=runs/reward_model --to=exported/reward_model --dtype=bfloat16
+    python -m experiments.export --run=runs/both:brief --to=exported/brief    # one head of several objectives
     python -m experiments.export --run=runs/dpo_lora --to=exported/adapter --adapter_on=exported/sft
 
 A policy becomes the language model of its family; a reward model becomes ...ForSequenceClassification with one label,
@@ -26,7 +27,8 @@ from rlhf_jax.models import huggingface, lora
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages.adapters import LoraOptions
-from rlhf_jax.stages.run_directory import load_handoff_model
+from rlhf_jax.stages.handoffs import Model, check_one_head, load_handoff_model, of_objective
+from rlhf_jax.stages.run_directory import split_objective
 
 RUN = flags.DEFINE_string("run", None, "Directory of a finished run.", required=True)
 TO = flags.DEFINE_string("to", None, "Directory to write; must be new or empty.", required=True)
@@ -49,7 +51,8 @@ def main(stop):
     if ADAPTER_ON.value:
         write_adapter(target)
         return
-    model = load_handoff_model(RUN.value)
+    directory, objective = split_objective(RUN.value)
+    model = of_objective(load_handoff_model(directory), objective)
     tokenizer = model.tokenizer
     ids = {
         "bos_id": tokenizer.bos_token_id,
@@ -62,6 +65,7 @@ def main(stop):
             f"--run={RUN.value} is an ensemble of reward models, for which there is no Hugging Face layout; give a run "
             "of experiments.reward_model with config.members=1"
         )
+    check_one_head(model)
     if "head" in model.params:
         offset = float(model.facts.get("reward_offset", 0.0))
         huggingface.save_pretrained_scalar(target, model.config, model.params, offset=offset, **ids)
@@ -74,17 +78,21 @@ def main(stop):
 def write_adapter(target):
     if flags.FLAGS["dtype"].present:
         raise InputError("--dtype is not for adapters, which stay float32; leave it out")
-    handoff, location = checkpoints.load_handoff(RUN.value)
+    directory, objective = split_objective(RUN.value)
+    handoff, location = checkpoints.load_handoff(directory)
     if not checkpoints.has_adapter(location):
         raise InputError(f"--run={RUN.value} was trained whole and has no adapter; leave --adapter_on out")
     trained = checkpoints.restore_params(location, name=checkpoints.ADAPTER)
     settings = configs.from_dict(LoraOptions, handoff.config["lora"], f"{location}: lora").settings
     shape = ModelConfig.from_dict(handoff.model)
-    head = trained.get("head")
+    whole = Model(config=shape, params=trained, tokenizer=None, origin=directory, facts=handoff.facts)
+    model = of_objective(whole, objective)
+    check_one_head(model)
+    head = model.params.get("head")
     if head is not None:
         head = {
             "kernel": head["kernel"],
-            "bias": head["bias"] - float(handoff.facts.get("reward_offset", 0.0)),
+            "bias": head["bias"] - float(model.facts.get("reward_offset", 0.0)),
         }
     lora.save_adapter(target, shape, trained["adapter"], settings, base_model=ADAPTER_ON.value, head=head)
     print(f"wrote {target}", file=sys.stderr)

@@ -31,7 +31,8 @@ from rlhf_jax.sampling.generate import SamplingConfig, generate
 from rlhf_jax.sampling.prompts import bucket_width, pad_prompts
 from rlhf_jax.sampling.refill import generate_refilled
 from rlhf_jax.sampling.stop_strings import first_match, stop_table
-from rlhf_jax.stages.run_directory import Run, load_model
+from rlhf_jax.stages.handoffs import load_model
+from rlhf_jax.stages.run_directory import Run
 from rlhf_jax.training.interrupt import Interrupted
 
 MODEL = flags.DEFINE_string(

@@ -390,10 +390,19 @@ def load_handoff(workdir: str | os.PathLike) -> tuple[Handoff, Path]:
         raise InputError(
             f"the hand-off {path} is damaged ({damage}); run that stage again in a fresh workdir"
         )
+    return _read_handoff(path), path
+
+
+def facts_of(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The facts of a finished run's hand-off, by themselves; see ``load_handoff``, which looks at the rest too."""
+    return _read_handoff(handoff_path(workdir)).facts
+
+
+def _read_handoff(path: Path) -> Handoff:
     with storage.reached(path):
         described = (path / "handoff.json").read_text()
     try:
-        return Handoff(**json.loads(described)), path
+        return Handoff(**json.loads(described))
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{path / 'handoff.json'} is not the description of a hand-off ({error}); run that stage again in a fresh "

@@ -40,12 +40,13 @@ class PreferenceBatch:
     """Pairs: row i of ``chosen`` and of ``rejected`` answer the same prompt, and ``chosen`` was preferred.
 
     probability: [B] float32, how likely it is that ``chosen`` is the better one, where labels are soft; None where
-    they are hard.
+    they are hard. Of K objectives [B, K], and which of them somebody judged: judged, [B, K] bool; else None.
     """
 
     chosen: DemonstrationBatch
     rejected: DemonstrationBatch
     probability: jax.Array | None = None
+    judged: jax.Array | None = None
 
 
 @_pytree

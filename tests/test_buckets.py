@@ -11,7 +11,7 @@ from rlhf_jax import checkpoints, metrics, storage
 from rlhf_jax.checkpoints import Checkpoints
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.stages import run_directory
+from rlhf_jax.stages import handoffs, run_directory
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.optimizer import OptimizerConfig
 
@@ -236,7 +236,7 @@ def test_a_bucket_without_access_is_said_in_a_sentence(bucket):
         (lambda: open_it(init_from=start), start),
         (lambda: checkpoints.load_handoff(start), f"{start}/handoff"),
         (lambda: checkpoints.is_finished(start), f"{start}/handoff/handoff.json"),
-        (lambda: run_directory.load_handoff_model(start), start),
+        (lambda: handoffs.load_handoff_model(start), start),
         (lambda: Checkpoints(workdir), f"{workdir}/checkpoints"),
     ):
         with pytest.raises(InputError, match=f"^cannot read {place}{refused}"):

@@ -31,7 +31,7 @@ from rlhf_jax.data.encoding import (
     lengths_of,
 )
 from rlhf_jax.data.rankings import encode_rankings
-from rlhf_jax.data.rows import ranks
+from rlhf_jax.data.rows import Preference, label_of, ranks
 from rlhf_jax.data.steps import EncodedSteps, encode_process_steps
 from rlhf_jax.errors import InputError
 from rlhf_jax.types import DemonstrationBatch, PreferenceBatch, RankingBatch, StepsBatch
@@ -104,6 +104,17 @@ def _lay_out_ranking(encoded: Encoded, row: EncodedRanking) -> RankingBatch:
     )
 
 
+def _labels_of(row: Preference) -> dict[str, np.ndarray]:
+    """What a batch says of a pair's label, or of its labels by several objectives; 0 where nobody judged."""
+    if row.objectives:
+        labels = [label_of(row, name) for name in row.objectives]
+        return {
+            "probability": np.array([label or 0.0 for label in labels], np.float32),
+            "judged": np.array([label is not None for label in labels]),
+        }
+    return {} if row.target is None else {"probability": np.float32(row.target)}
+
+
 def _lay_out_row(encoded: Encoded, index: int, row: Any) -> Any:
     """What a batch holds of one row, without the batch axis; ``index``: its place in ``encoded.rows``."""
     if isinstance(row, EncodedDemonstration):
@@ -112,7 +123,7 @@ def _lay_out_row(encoded: Encoded, index: int, row: Any) -> Any:
         return PreferenceBatch(
             chosen=_lay_out(encoded, row.chosen_prompt_ids, row.chosen_ids),
             rejected=_lay_out(encoded, row.rejected_prompt_ids, row.rejected_ids),
-            probability=None if row.row.target is None else np.float32(row.row.target),
+            **_labels_of(row.row),
         )
     if isinstance(row, EncodedRanking):
         return _lay_out_ranking(encoded, row)

@@ -34,6 +34,7 @@ _NO_VOTES: list[int] = []
 
 _TEXT = tfds.features.Text
 _MESSAGES = {"role": _TEXT(), "content": _TEXT()}
+_LABEL = {"objective": _TEXT(), "probability": np.float32}
 _COMPARISON = {field.name: np.int32 for field in dataclasses.fields(Comparison)}
 
 
@@ -77,7 +78,7 @@ class Demonstrations(tfds.core.GeneratorBasedBuilder):
 
 
 class Preferences(tfds.core.GeneratorBasedBuilder):
-    """Prompts with a chosen and a rejected response, and annotators' votes: for either, and for neither."""
+    """Prompts with a chosen and a rejected response, annotators' votes (for either, and for neither) and labels."""
 
     VERSION = tfds.core.Version(VERSION)
 
@@ -93,6 +94,7 @@ class Preferences(tfds.core.GeneratorBasedBuilder):
                 chosen=_TEXT(),
                 rejected=_TEXT(),
                 votes=tfds.features.Sequence(np.int32),
+                labels=tfds.features.Sequence(_LABEL),
                 probability=np.float32,
                 chosen_gold=np.float32,
                 rejected_gold=np.float32,
@@ -220,7 +222,8 @@ def _plain(row: Any) -> dict[str, Any]:
 def _preference(row: Preference) -> dict[str, Any]:
     numbers = {name: _nan(getattr(row, name)) for name in ("probability", "chosen_gold", "rejected_gold")}
     fields = {**_plain(row), **numbers, "votes": _NO_VOTES if row.votes is None else list(row.votes)}
-    del fields["target"]  # a choice of whoever trains, made from the votes
+    fields["labels"] = [dict(zip(_LABEL, label, strict=True)) for label in row.labels]
+    del fields["target"], fields["objectives"]  # choices of whoever trains
     return fields
 
 
@@ -258,7 +261,9 @@ def _shared(example: Mapping[str, Any]) -> dict[str, Any]:
 def _decode_preference(example: Mapping[str, Any]) -> Preference:
     votes = tuple(int(count) for count in example["votes"]) or None
     numbers = {name: _none(example[name]) for name in ("probability", "chosen_gold", "rejected_gold")}
-    return Preference(**_shared(example), **numbers, votes=votes)
+    names, likely = (example["labels"][name] for name in _LABEL)
+    labels = tuple((name.decode(), float(value)) for name, value in zip(names, likely, strict=True))
+    return Preference(**_shared(example), **numbers, votes=votes, labels=labels)
 
 
 def _decode_ranking(example: Mapping[str, Any]) -> Ranking:

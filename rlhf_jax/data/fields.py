@@ -132,6 +132,20 @@ def probability(value: Any, name: str) -> float:
     return float(value)
 
 
+def labels(record: Mapping[str, Any], name: str) -> tuple[tuple[str, float], ...]:
+    """(objective, number in [0, 1]) of each entry of an object that may be missing; null is left out."""
+    given = record.get(name)
+    if given is None:
+        return ()
+    if not isinstance(given, dict):
+        raise BadRow(f"has {kind_of(given)} in '{name}' where an object of numbers by objective is expected")
+    return tuple(
+        (checked(objective, f"a name in {name}"), probability(value, f"{name}.{objective}"))
+        for objective, value in given.items()
+        if value is not None
+    )
+
+
 def optional_text(record: Mapping[str, Any], *names: str) -> str:
     """The text of the first of ``names`` that is there and not null, numbers as they are written; "" if none is."""
     for name in names:

@@ -82,8 +82,14 @@ def preferences(record: Any, source: str) -> list[Preference]:
     stances of a topic stay on one side of a split. Of transcripts (HH-RLHF) the prompt is what both share, up to and
     with the last "\\n\\nAssistant:" in it; of conversations, the messages that both share. ``votes_chosen``,
     ``votes_rejected`` and ``votes_equal`` are kept. Responses lose the blanks around them, prompts do not.
+
+    ``labels``, an object, says by each of several objectives how likely it is that ``chosen`` is the better one: a
+    number from 0 to 1, or null. Pairs with two labels (PKU-SafeRLHF: ``response_0``, ``response_1``,
+    ``better_response_id``, ``safer_response_id``) have labels "better", by which ``chosen`` is chosen, and "safer".
     """
     record = fields.object_of(record)
+    if "chosen" not in record and "better_response_id" in record:
+        record = _judged_twice(record)
     if "chosen" not in record and _is_ranking(record):
         return [pair for ranking in rankings(record, source) for pair in pairs_of(ranking)]
     group = _group(record)
@@ -118,8 +124,28 @@ def preferences(record: Any, source: str) -> list[Preference]:
             group=group,
             votes=_votes(record),
             messages=messages,
+            labels=fields.labels(record, "labels"),
         )
     ]
+
+
+def _judged_twice(record: dict[str, Any]) -> dict[str, Any]:
+    """A pair of PKU-SafeRLHF (Ji et al. 2023), which says of two responses which is better and which is safer."""
+    better = _place(record, "better_response_id")
+    safer = _place(record, "safer_response_id") if record.get("safer_response_id") is not None else None
+    return {
+        **record,
+        "chosen": fields.value_of(record, f"response_{better}"),
+        "rejected": fields.value_of(record, f"response_{1 - better}"),
+        "labels": {"better": 1, "safer": None if safer is None else int(safer == better)},
+    }
+
+
+def _place(record: dict[str, Any], name: str) -> int:
+    place = fields.count(record, name)
+    if place > 1:
+        raise BadRow(f"has {place} in '{name}' where 0 or 1 is expected")
+    return place
 
 
 def _differ(chosen: Any, rejected: Any, how: str) -> None:

@@ -36,6 +36,8 @@ class Preference:
     chosen_gold, rejected_gold: gold reward of either side where it is known, else None; for analysis only.
     votes: how many annotators were for ``chosen``, for ``rejected``, and for neither; None where nobody counted.
     target: the probability of this label that a loss is to aim at (see `soft_label`); None where the label is hard.
+    labels: where annotators judged by several objectives, of each that they judged its name and the probability that
+    ``chosen`` is the better one by it. objectives: which of them a loss aims at, in its order; none: at the label.
     """
 
     prompt: str
@@ -49,6 +51,8 @@ class Preference:
     votes: tuple[int, int, int] | None = None
     target: float | None = None
     messages: Messages = ()
+    labels: tuple[tuple[str, float], ...] = ()
+    objectives: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,6 +190,31 @@ def with_soft_label(row: Preference | Ranking, prior: float) -> Preference | Ran
         )
         return dataclasses.replace(row, targets=tuple(of_each))
     return dataclasses.replace(row, target=soft_label(row, prior=prior))
+
+
+def with_objectives(row: Preference, names: tuple[str, ...]) -> Preference:
+    """The row, its ``objectives`` set."""
+    return dataclasses.replace(row, objectives=names)
+
+
+def label_of(row: Preference, objective: str) -> float | None:
+    """The probability that ``chosen`` is the better one by an objective; None where nobody judged."""
+    return dict(row.labels).get(objective)
+
+
+def swapped(row: Preference) -> Preference:
+    """The same comparison with its sides exchanged, of a row whose label somebody else is to give."""
+    return dataclasses.replace(
+        row,
+        chosen=row.rejected,
+        rejected=row.chosen,
+        chosen_gold=row.rejected_gold,
+        rejected_gold=row.chosen_gold,
+        probability=None,
+        votes=None,
+        target=None,
+        labels=tuple((name, 1.0 - label) for name, label in row.labels),
+    )
 
 
 def plain_text(messages: Sequence[tuple[str, str]]) -> str:

@@ -34,6 +34,8 @@ from rlhf_jax.data import grammar
 from rlhf_jax.data.rows import Comparison, Demonstration, Preference, Prompt, Ranking
 from rlhf_jax.errors import InputError
 
+# What labellers who want it short take off for every word.
+BRIEF_BIAS = -1.0
 # Independent streams of randomness; a number here must never change its meaning.
 _STREAMS = {
     "demonstrations/train": 0,
@@ -201,7 +203,11 @@ def preference_probability(config: WorldConfig, utility_margin: float) -> float:
 
 
 def preferences(config: WorldConfig, split: str) -> list[Preference]:
-    """Two replies of the writer to one prompt, never the same, labelled by Bradley-Terry on `utility`."""
+    """Two replies of the writer to one prompt, never the same, labelled by Bradley-Terry on `utility`.
+
+    Labels are those of two kinds of labellers: "preferred", which is the label itself, and "brief", of labellers to
+    whom every word is worth `BRIEF_BIAS` beyond gold, in the place of ``length_bias``.
+    """
     stream = _stream("preferences", split)
     count = config.num_preferences if split == "train" else config.num_eval_preferences
     return [_draw_preference(config, stream, split, index) for index in range(count)]
@@ -216,7 +222,12 @@ def _draw_preference(config: WorldConfig, stream: str, split: str, index: int) -
         second = grammar.draw_reply(draw, *ask)
     margin = utility(config, prompt, first) - utility(config, prompt, second)
     probability = preference_probability(config, margin)
-    if next(draw) >= probability:
+    preferred = next(draw) < probability
+    # Drawn last, so that the rows are those of a world with one label. A word is worth BRIEF_BIAS to these labellers.
+    extra = len(words_of(first)) - len(words_of(second))
+    brief = preference_probability(config, margin + (BRIEF_BIAS - config.length_bias) * extra)
+    by_brief = next(draw) < brief
+    if not preferred:
         first, second, probability = second, first, 1.0 - probability
     return Preference(
         prompt=prompt,
@@ -227,6 +238,7 @@ def _draw_preference(config: WorldConfig, stream: str, split: str, index: int) -
         probability=probability,
         chosen_gold=gold_reward(prompt, first),
         rejected_gold=gold_reward(prompt, second),
+        labels=(("preferred", 1.0), ("brief", float(by_brief == preferred))),
     )
 
 

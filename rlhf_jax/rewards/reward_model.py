@@ -23,6 +23,29 @@ def score(
     return heads.last_token_values(heads.scalar_head(params["head"], hidden), batch.token_mask) - offset
 
 
+def init_heads(config: ModelConfig, key: jax.Array, *, number: int) -> Any:
+    """The heads of ``number`` objectives on one trunk, stacked: every array has a leading axis [K]."""
+    return jax.vmap(lambda key: heads.init_scalar_head(config, key))(jax.random.split(key, number))
+
+
+def score_by_objectives(
+    config: ModelConfig,
+    params: Any,
+    batch: Rollout | DemonstrationBatch,
+    *,
+    offsets: jax.Array | float = 0.0,
+) -> jax.Array:
+    """The reward of each row by each of K heads on one trunk, [K, B] float32, minus the head's offset ([K]); `score`.
+
+    ``params`` are those of a reward model whose head is of `init_heads`.
+    """
+    hidden = decoder.hidden_states(config, params, batch.tokens, batch.token_mask)
+    scores = jax.vmap(
+        lambda head: heads.last_token_values(heads.scalar_head(head, hidden), batch.token_mask)
+    )(params["head"])
+    return scores - jnp.broadcast_to(jnp.asarray(offsets, jnp.float32), scores.shape[:1])[:, None]
+
+
 def replace_unfinished(
     scores: jax.Array, terminated: jax.Array, missing_eos_score: float | None
 ) -> jax.Array:

@@ -21,7 +21,8 @@ from rlhf_jax.evaluation import policies
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.stages import inputs, prompts, rewards, rollouts
-from rlhf_jax.stages.run_directory import Purpose, check_same_family, check_scores, load_model, open_run
+from rlhf_jax.stages.handoffs import check_same_family, check_scores, load_model
+from rlhf_jax.stages.run_directory import Purpose, open_run
 from rlhf_jax.training import interrupt
 from rlhf_jax.training.interrupt import StopRequest
 

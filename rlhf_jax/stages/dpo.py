@@ -21,6 +21,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import adapters, inputs
+from rlhf_jax.stages.handoffs import leave_handoff, load_model
 from rlhf_jax.stages.preference_objectives import (
     PreferenceLoss,
     make_pair_objective,
@@ -28,12 +29,7 @@ from rlhf_jax.stages.preference_objectives import (
     make_unpaired_objective,
     pair_scores,
 )
-from rlhf_jax.stages.run_directory import (
-    Run,
-    leave_handoff,
-    load_model,
-    open_run,
-)
+from rlhf_jax.stages.run_directory import Run, open_run
 from rlhf_jax.stages.supervised import encode_split, train
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule

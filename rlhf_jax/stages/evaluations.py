@@ -17,9 +17,10 @@ from rlhf_jax.evaluation import policies
 from rlhf_jax.evaluation.policies import RowReward
 from rlhf_jax.parallel import hosts
 from rlhf_jax.rewards import ensembles
+from rlhf_jax.stages.handoffs import Model
 from rlhf_jax.stages.rewards import Reward
 from rlhf_jax.stages.rollouts import answers, make_rollout
-from rlhf_jax.stages.run_directory import Model, Purpose, Run
+from rlhf_jax.stages.run_directory import Purpose, Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,15 @@ from rlhf_jax import storage
 from rlhf_jax.data import arithmetic, batches, mixtures, pipeline, prepared, readers, world
 from rlhf_jax.data.mixtures import Mixture
 from rlhf_jax.data.prepared import PreparedRows
-from rlhf_jax.data.rows import Demonstration, Preference, Prompt, group_of, pairs, with_soft_label
+from rlhf_jax.data.rows import (
+    Demonstration,
+    Preference,
+    Prompt,
+    group_of,
+    pairs,
+    with_objectives,
+    with_soft_label,
+)
 from rlhf_jax.errors import InputError, check_range
 
 
@@ -105,8 +113,12 @@ def load_demonstrations(config: DataConfig) -> Split:
     return _split_of(config, _as_demonstrations)
 
 
-def load_preferences(config: DataConfig) -> Split:
+def load_preferences(config: DataConfig, objectives: tuple[str, ...] = ()) -> Split:
     """Rows of ``Preference``.
+
+    Args:
+      config: see ``DataConfig``.
+      objectives: of labels that a loss aims at in the place of the one that ``chosen`` has.
 
     Raises:
       InputError: the embedded arithmetic was asked for, which has none.
@@ -122,6 +134,9 @@ def load_preferences(config: DataConfig) -> Split:
     else:
         split = _split_of(config, _as_preferences)
     train, held_out = (_softened(config, rows) for rows in (split.train, split.held_out))
+    if objectives:
+        aim, view = functools.partial(with_objectives, names=objectives), f"objectives {objectives}"
+        train, held_out = (_each(rows, aim, view) for rows in (train, held_out))
     return dataclasses.replace(split, train=train, held_out=held_out)
 
 

@@ -18,8 +18,9 @@ from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import ai_feedback, judges
 from rlhf_jax.sampling.prompts import bucket_width, pad_prompts
+from rlhf_jax.stages.handoffs import Model
 from rlhf_jax.stages.rollouts import answers, make_rollout
-from rlhf_jax.stages.run_directory import Model, Purpose, Run
+from rlhf_jax.stages.run_directory import Purpose, Run
 from rlhf_jax.types import Rollout
 
 # A judge, asked: (rollout of B rows, the data row that each answers) -> what it says of them.

@@ -22,15 +22,8 @@ from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import adapters, data_reports, evaluations, prompts, rewards, rollouts, several_rewards
-from rlhf_jax.stages.run_directory import (
-    Model,
-    Progress,
-    Purpose,
-    Run,
-    leave_handoff,
-    load_model,
-    open_run,
-)
+from rlhf_jax.stages.handoffs import Model, leave_handoff, load_model
+from rlhf_jax.stages.run_directory import Progress, Purpose, Run, open_run
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import fit
 from rlhf_jax.training.optimizer import make_optimizer

@@ -38,7 +38,8 @@ from rlhf_jax.stages import (
     rewards,
     several_rewards,
 )
-from rlhf_jax.stages.run_directory import Model, Run, leave_handoff, load_model, open_run
+from rlhf_jax.stages.handoffs import Model, leave_handoff, load_model
+from rlhf_jax.stages.run_directory import Run, open_run
 from rlhf_jax.training.forward import response_log_probs, response_values
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule

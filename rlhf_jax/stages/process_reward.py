@@ -25,7 +25,8 @@ from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import process_model
 from rlhf_jax.stages import adapters, inputs
-from rlhf_jax.stages.run_directory import Purpose, Run, leave_handoff, load_model, open_run
+from rlhf_jax.stages.handoffs import leave_handoff, load_model
+from rlhf_jax.stages.run_directory import Purpose, Run, open_run
 from rlhf_jax.stages.supervised import encode_split, train
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule

@@ -6,7 +6,8 @@ import dataclasses
 
 from rlhf_jax.data import batches
 from rlhf_jax.stages import data_reports, inputs
-from rlhf_jax.stages.run_directory import Model, Run, check_context, write_data_report
+from rlhf_jax.stages.handoffs import Model, check_context
+from rlhf_jax.stages.run_directory import Run, write_data_report
 
 
 def encode_prompts(

@@ -6,6 +6,7 @@ rewards [N, K] of N prompts with up to K responses each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -84,17 +85,58 @@ def make_objective(
     return objective
 
 
+def make_heads_objective(model: ModelConfig, objectives: Sequence[str], **how: float):
+    """`make_objective` of "pairs" for a head on one trunk for each of K objectives, each with labels of its own.
+
+    The loss is the sum over objectives of each one's mean over the pairs that it judged. Metrics: ``accuracy_<name>``,
+    of pairs with a decided label, and ``margin_<name>``, of the reward on the side of the label.
+
+    Args:
+      model: its shape.
+      objectives: their names, in the order of the heads and of the columns of a batch's ``probability``.
+      how: margin, label_smoothing, centering; see ``losses.bradley_terry_loss``.
+    """
+
+    def objective(params: Any, frozen: Any, batch: PreferenceBatch):
+        del frozen
+        rows = concatenate_pairs(batch.chosen, batch.rejected)
+        chosen, rejected = jnp.split(reward_model.score_by_objectives(model, params, rows), 2, axis=1)
+        terms, metrics = {}, {}
+        for place, name in enumerate(objectives):
+            probability, judged = batch.probability[:, place], batch.judged[:, place]
+            values = _cross_entropy(chosen[place], rejected[place], probability, how)
+            terms[name] = masking.token_mean(values[:, None], judged[:, None])
+            side = jnp.sign(probability - 0.5)
+            margins, decided = side * (chosen[place] - rejected[place]), judged & (side != 0)
+            of_decided = decided[:, None]
+            metrics[f"accuracy_{name}"] = masking.token_mean(
+                (margins > 0).astype(jnp.float32)[:, None], of_decided
+            )
+            metrics[f"margin_{name}"] = masking.token_mean(margins[:, None], of_decided)
+        tokens = batch.chosen.token_mask.sum() + batch.rejected.token_mask.sum()
+        return terms, metrics | {"tokens": Total(tokens.astype(jnp.float32))}
+
+    return objective
+
+
 def _of_pairs(
     rewards: jax.Array, probability: jax.Array | None, how: dict[str, float]
 ) -> tuple[WeightedSum, dict[str, Any]]:
     chosen, rejected = rewards.T
-    values = bradley_terry_loss(chosen, rejected, **how)
-    if probability is not None:
-        # The cross-entropy to a soft label is the mean over which of the two was preferred.
-        other = bradley_terry_loss(rejected, chosen, **how)
-        values = probability * values + (1.0 - probability) * other
+    values = _cross_entropy(chosen, rejected, probability, how)
     metrics = {"accuracy": mean_of(chosen > rejected), "margin": mean_of(chosen - rejected)}
     return mean_of(values), metrics
+
+
+def _cross_entropy(
+    chosen: jax.Array, rejected: jax.Array, probability: jax.Array | None, how: dict[str, float]
+) -> jax.Array:
+    """The Bradley-Terry loss [B], to a soft label where there is one."""
+    values = bradley_terry_loss(chosen, rejected, **how)
+    if probability is None:
+        return values
+    # The cross-entropy to a soft label is the mean over which of the two was preferred.
+    return probability * values + (1.0 - probability) * bradley_terry_loss(rejected, chosen, **how)
 
 
 def _of_rankings(rewards: jax.Array, batch: RankingBatch, kind: Kind) -> tuple[WeightedSum, dict[str, Any]]:

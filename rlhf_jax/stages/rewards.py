@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -20,17 +21,19 @@ from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.evaluation import policies
 from rlhf_jax.evaluation.policies import RowReward
 from rlhf_jax.rewards import ensembles, judges, objectives, process, process_model, sentiment, verifiers
+from rlhf_jax.rewards import reward_model as reward_models
 from rlhf_jax.stages import inputs, judged_rewards, several_rewards
-from rlhf_jax.stages.rollouts import Combine
-from rlhf_jax.stages.run_directory import (
+from rlhf_jax.stages.handoffs import (
     Model,
-    Run,
     check_context,
     check_same_family,
     check_scores,
     load_beside,
     load_model,
+    place_of,
 )
+from rlhf_jax.stages.rollouts import Combine
+from rlhf_jax.stages.run_directory import Run, split_objective
 from rlhf_jax.types import Rollout
 
 RewardKind = Literal["model", "answer", "process", "sentiment", "judge"]
@@ -218,10 +221,10 @@ def load_reward(
     Raises:
       InputError: no reward model where one is needed, one of another kind or tokenizer, or prompts without answers.
     """
-    runs = several_rewards.runs_of(sources.reward_from)
-    several_rewards.check(config, runs)
+    names = several_rewards.rewards_of(sources.reward_from)
+    several_rewards.check(config, names)
     judged_rewards.check(config, sources.judge_from)
-    if config.reward in ("answer", "sentiment", "judge") and runs:
+    if config.reward in ("answer", "sentiment", "judge") and names:
         raise InputError(
             f"--reward_from={sources.reward_from} is given, which config.reward={config.reward} does not read; leave "
             "one out"
@@ -231,7 +234,7 @@ def load_reward(
     if config.reward == "judge":
         reward = _judged(config, sources.judge_from, run, model, held_out)
     else:
-        reward = _optimised(config, runs, run, model, held_out)
+        reward = _optimised(config, names, run, model, held_out)
     if config.answer_weight:
         reward = with_answer(reward, _answer_reward(model.tokenizer), config.answer_weight)
     if sources.held_out_reward_from:
@@ -242,24 +245,56 @@ def load_reward(
     return reward
 
 
-def _optimised(config: Any, runs: Sequence[str], run: Run, model: Model, held_out: batches.Encoded) -> Reward:
+def _optimised(
+    config: Any, names: Sequence[str], run: Run, model: Model, held_out: batches.Encoded
+) -> Reward:
     if config.reward == "answer":
         return Reward(of_rows=_answer_reward(model.tokenizer))
     if config.reward == "sentiment":
         return Reward(of_rows=sentiment_reward(model.tokenizer))
     is_process = config.reward == "process"
-    if not runs:
+    if not names:
         stage = "process_reward" if is_process else "reward_model"
         raise InputError(
             f"config.reward is {config.reward!r}, which needs --reward_from=<run of experiments.{stage}>"
         )
-    loaded = [_load(config, origin, run, model, steps=is_process) for origin in runs]
     if is_process:
-        return process_reward(loaded[0], config.scoring)
-    each = tuple(model_reward(reward, config.scoring) for reward in loaded)
-    if len(each) == 1:
-        return each[0]
-    return _several(config, tuple(reward.of_rows for reward in each), run, model, held_out)
+        return process_reward(_load(config, names[0], run, model, steps=True), config.scoring)
+    if len(names) == 1:
+        return model_reward(_load(config, names[0], run, model), config.scoring)
+    return _several(config, _parts(config, names, run, model), run, model, held_out)
+
+
+# Scores of rows by one reward model or by the heads of one trunk, [K, B], and K.
+Part = tuple[Callable[[Rollout, Sequence[Any]], jax.Array], int]
+
+
+def _parts(config: Any, names: Sequence[str], run: Run, model: Model) -> list[Part]:
+    """The reward models of ``names``, in order; neighbours that are heads of one run share its trunk."""
+    parts: list[Part] = []
+    for directory, group in itertools.groupby(names, key=lambda name: split_objective(name)[0]):
+        objectives = [split_objective(name)[1] for name in group]
+        if objectives[0] and len(objectives) > 1:
+            reward = _load(config, directory, run, model, several=True)
+            parts.append((heads_reward(reward, objectives), len(objectives)))
+            continue
+        for objective in objectives:
+            name = f"{directory}:{objective}" if objective else directory
+            of_rows = model_reward(_load(config, name, run, model), config.scoring).of_rows
+            parts.append((lambda rollout, rows, of_rows=of_rows: of_rows(rollout, rows)[None], 1))
+    return parts
+
+
+def heads_reward(reward: Model, objectives: Sequence[str]) -> Callable[[Rollout, Sequence[Any]], jax.Array]:
+    """``of_heads(rollout, data rows) -> [K, B]``: the frozen heads of a run that ``objectives`` name, in one pass."""
+    places = jnp.array([place_of(reward, name) for name in objectives])
+    offsets = jnp.asarray(reward.facts["reward_offsets"], jnp.float32)
+
+    @jax.jit
+    def of_heads(params, rollout):
+        return reward_models.score_by_objectives(reward.config, params, rollout, offsets=offsets)[places]
+
+    return lambda rollout, rows: of_heads(reward.params, rollout)
 
 
 def _judged(config: Any, judge_from: str, run: Run, model: Model, held_out: batches.Encoded) -> Reward:
@@ -279,11 +314,15 @@ def _judged(config: Any, judge_from: str, run: Run, model: Model, held_out: batc
     )
 
 
-def _several(
-    config: Any, each: Sequence[RowReward], run: Run, model: Model, held_out: batches.Encoded
-) -> Reward:
+def _several(config: Any, parts: Sequence[Part], run: Run, model: Model, held_out: batches.Encoded) -> Reward:
     def of_each(rollout: Rollout, rows: Sequence[Any]) -> jax.Array:
-        return jnp.stack([of_one(rollout, rows) for of_one in each])
+        return jnp.concatenate([of_part(rollout, rows) for of_part, _ in parts])
+
+    each = tuple(
+        lambda rollout, rows, of_part=of_part, place=place: of_part(rollout, rows)[place]
+        for of_part, number in parts
+        for place in range(number)
+    )
 
     combine = several_rewards.combined(config, of_each, run, model, held_out)
     constrained = config.constraint.at_least is not None
@@ -296,18 +335,27 @@ def _several(
     )
 
 
-def _load(config: Any, origin: str, run: Run, model: Model, *, steps: bool) -> Model:
-    """A reward model of responses, or of ``steps``, that fits the policy's tokenizer and the rows' widths."""
+def _load(
+    config: Any, origin: str, run: Run, model: Model, *, steps: bool = False, several: bool = False
+) -> Model:
+    """A reward model of responses, of ``steps``, or with ``several`` heads, that fits the policy's tokenizer and the
+    rows' widths."""
     reward = load_beside(origin, run, model, config.lora)
-    _check_fits(reward, config, model, steps=steps)
+    _check_fits(reward, config, model, steps=steps, several=several)
     return reward
 
 
 def _check_fits(
-    reward: Model, config: Any, model: Model, *, steps: bool = False, flag: str = "reward_from"
+    reward: Model,
+    config: Any,
+    model: Model,
+    *,
+    steps: bool = False,
+    several: bool = False,
+    flag: str = "reward_from",
 ) -> None:
     check_same_family(model, reward)
-    check_scores(reward, steps=steps, flag=flag)
+    check_scores(reward, steps=steps, several=several, flag=flag)
     check_context(reward, config.data.prompt_length + config.data.response_length)
 
 

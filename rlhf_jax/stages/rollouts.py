@@ -18,7 +18,8 @@ from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import judges, reward_model
 from rlhf_jax.sampling.generate import SamplingConfig, generate
-from rlhf_jax.stages.run_directory import Model, Run
+from rlhf_jax.stages.handoffs import Model
+from rlhf_jax.stages.run_directory import Run
 from rlhf_jax.types import Rollout, ScoredRollout
 
 # (policy params, batch of prompts, key, optimiser step, multiplier or None) -> (what was sampled and scored, each row's

@@ -1,4 +1,4 @@
-"""The directory of one run: its config, its inputs, what it printed and left. Imports checkpoints, models and data."""
+"""The directory of one run: its config, its inputs, and what it shows as it goes. Imports checkpoints and data."""
 
 from __future__ import annotations
 
@@ -15,19 +15,15 @@ from typing import Any
 
 import jax
 import tqdm
-from absl import logging
 
-from rlhf_jax import __version__, checkpoints, storage
+from rlhf_jax import checkpoints, storage
 from rlhf_jax.data import pipeline
-from rlhf_jax.data import tokenizer as tokenizers
 from rlhf_jax.data.batches import EncodeReport
 from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import written
-from rlhf_jax.models import decoder, huggingface, tensor_files
-from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.parallel import hosts, sharding
+from rlhf_jax.models import tensor_files
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.stages import adapters
 from rlhf_jax.stages.config import differences
 from rlhf_jax.storage import Path
 from rlhf_jax.training.interrupt import StopRequest
@@ -80,25 +76,6 @@ class Run:
         return int(jax.random.bits(self.key(seed, Purpose.DATA)))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Model:
-    """A model as a stage starts from it: shape, params (with a ``head`` where it has one), tokenizer, origin.
-
-    adapter: of one that is an adapter on another's params, what was trained (see ``stages.adapters``); else None.
-    """
-
-    config: ModelConfig
-    params: Any
-    tokenizer: Any
-    origin: str
-    facts: Mapping[str, Any]
-    adapter: Any = None
-
-    @property
-    def fingerprint(self) -> str:
-        return tokenizers.fingerprint(self.tokenizer)
-
-
 def open_run(
     workdir: str | os.PathLike,
     stage: str,
@@ -124,7 +101,7 @@ def open_run(
     description = {
         "stage": stage,
         "config": dataclasses.asdict(config),
-        "inputs": {name: _identity(path) for name, path in inputs.items()},
+        "inputs": {name: identity(path) for name, path in inputs.items()},
     }
     description = json.loads(json.dumps(description))  # tuples as the file will have them
     hosts.decided_by_main(functools.partial(_enter, workdir, description))
@@ -151,12 +128,22 @@ def _enter(workdir: Path, description: dict[str, Any]) -> None:
         raise InputError(f"cannot write to workdir {workdir}: {problem}; give a writable one") from error
 
 
-def _identity(path: str) -> dict[str, str | None]:
+def identity(path: str) -> dict[str, str | None]:
     """Where an input lies and what it was: an input that was made anew is another input. A hub name stays one."""
-    place = storage.at(path)
+    directory, objective = split_objective(path)
+    place = storage.at(directory)
     with storage.reached(place):
-        where = str(storage.absolute(place)) if place.exists() else path
-        return {"path": where, "handoff": checkpoints.handoff_identity(path) or _weights(place)}
+        where = str(storage.absolute(place)) if place.exists() else directory
+        where = f"{where}:{objective}" if objective else where
+        return {"path": where, "handoff": checkpoints.handoff_identity(directory) or _weights(place)}
+
+
+def split_objective(path: str) -> tuple[str, str]:
+    """(directory, objective) of ``<run>:<objective>``, one head of several; (path, "") of any other path."""
+    directory, _, objective = path.rpartition(":")
+    if directory and objective and "/" not in objective and not storage.at(path).exists():
+        return (directory, objective) if is_run(storage.at(directory)) else (path, "")
+    return path, ""
 
 
 def _weights(place: Path) -> str | None:
@@ -167,7 +154,7 @@ def _weights(place: Path) -> str | None:
 def changed_inputs(workdir: Path) -> list[str]:
     """Names of the inputs of a run whose hand-offs are no longer those it was made from."""
     inputs = _description(workdir / "config.json")["inputs"]
-    return [name for name, was in inputs.items() if _identity(was["path"])["handoff"] != was["handoff"]]
+    return [name for name, was in inputs.items() if identity(was["path"])["handoff"] != was["handoff"]]
 
 
 # What there is to lose in a run's directory.
@@ -189,115 +176,7 @@ def _description(path: Path) -> dict[str, Any]:
     return description
 
 
-def load_model(path: str, run: Run) -> Model:
-    """A model from a finished run's hand-off or from Hugging Face, read straight onto its place on the run's mesh.
-
-    Args:
-      path: either kind of directory, or the name of a repository on the Hugging Face hub, which is fetched.
-      run: gives the mesh.
-
-    Raises:
-      InputError: neither kind, unfinished, damaged, or of an architecture that is not supported.
-    """
-    directory = storage.at(path)
-    if _is_run(directory):
-        return load_handoff_model(path, run.mesh)
-    if storage.in_bucket(directory):
-        raise InputError(
-            f"there is no run at {path}, and Hugging Face directories are read from disks; give the --workdir of a "
-            "finished run, or copy the model here (gcloud storage cp -r)"
-        )
-    if not directory.is_dir():
-        try:
-            directory = huggingface.local_directory(path)
-        except InputError as error:
-            raise InputError(
-                f"there is no directory {path}; give the --workdir of a finished run, or a Hugging Face directory "
-                f"({error})"
-            ) from None
-    config = huggingface.read_config(directory)
-    shapes = jax.eval_shape(lambda key: decoder.init_params(config, key), jax.random.key(0))
-    config, params = huggingface.from_pretrained(directory, shardings=place(run.mesh, config, shapes))
-    tokenizer = tokenizers.load_tokenizer(directory)
-    tokenizers.check_vocabulary(tokenizer, config.vocab_size, model=str(path))
-    return Model(config=config, params=params, tokenizer=tokenizer, origin=str(path), facts={})
-
-
-def place(mesh: jax.sharding.Mesh, config: ModelConfig, params: Any) -> Any:
-    """Where each parameter lives (see ``sharding.parameter_sharding``); what has to stay whole is logged."""
-    for whole in sharding.whole_axes(mesh, config, params):
-        logging.warning("%s", whole)
-    return sharding.parameter_sharding(mesh, config, params)
-
-
-def load_handoff_model(path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None) -> Model:
-    """The model that a finished run left, its params in their place on ``mesh`` (None: the default device).
-
-    Raises:
-      InputError: no run, unfinished, or damaged.
-    """
-    directory = storage.at(path)
-    if not _is_run(directory):
-        raise InputError(f"{directory} is not the directory of a run; give the --workdir of a finished one")
-    handoff, location = checkpoints.load_handoff(directory)
-    with storage.readable(location / "tokenizer") as tokenizer_directory:
-        tokenizer = tokenizers.load_tokenizer(tokenizer_directory)
-    if tokenizers.fingerprint(tokenizer) != handoff.tokenizer_fingerprint:
-        raise InputError(
-            f"{location}/tokenizer is not the tokenizer that {location}/handoff.json names; restore it"
-        )
-    config = ModelConfig.from_dict(handoff.model)
-    places = None if mesh is None else functools.partial(place, mesh, config)
-    return Model(
-        config=config,
-        params=checkpoints.restore_params(location, places),
-        tokenizer=tokenizer,
-        origin=str(directory),
-        facts=handoff.facts,
-    )
-
-
-def load_beside(path: str, run: Run, base: Model, options: adapters.LoraOptions) -> Model:
-    """A model as an adapter on ``base``, whose arrays it shares, where it was made as one; else one of its own.
-
-    Args:
-      path: see ``load_model``.
-      run: gives the mesh.
-      base: what the run starts from.
-      options: the run's; with rank 0 nothing is shared.
-
-    Raises:
-      InputError: see ``load_model``; or an adapter on another base, or of another size or place.
-    """
-    if not options.rank or not _is_run(storage.at(path)):
-        return load_model(path, run)
-    handoff, location = checkpoints.load_handoff(path)
-    if not checkpoints.has_adapter(location):
-        return load_model(path, run)
-    if handoff.facts["base"] != _identity(base.origin):
-        raise InputError(
-            f"{path} is an adapter on {handoff.facts['base']['path']}, and this run's base is {base.origin}; start "
-            "both from the same, or give lora.rank 0"
-        )
-    found = differences(handoff.config["lora"], json.loads(json.dumps(dataclasses.asdict(options))))
-    if found:
-        raise InputError(
-            f"the adapter of {path} is another than this run's (config.lora: {'; '.join(found)})"
-        )
-    config = ModelConfig.from_dict(handoff.model)
-    places = functools.partial(place, run.mesh, config)
-    adapter = checkpoints.restore_params(location, places, name=checkpoints.ADAPTER)
-    return Model(
-        config=config,
-        params=adapters.attach(adapter, base.params, options.settings),
-        tokenizer=base.tokenizer,
-        origin=str(path),
-        facts=handoff.facts,
-        adapter=adapter,
-    )
-
-
-def _is_run(directory: Path) -> bool:
+def is_run(directory: Path) -> bool:
     """Whether a directory was written by a run, finished or not."""
     with storage.reached(directory):
         if any((directory / name).exists() for name in _RESULTS):
@@ -306,87 +185,6 @@ def _is_run(directory: Path) -> bool:
         return "stage" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-
-
-def check_same_family(first: Model, second: Model, *, architecture: bool = False) -> None:
-    """Refuses two models that do not speak the same tokens (or, on request, differ in architecture).
-
-    Raises:
-      InputError: says what differs.
-    """
-    if first.fingerprint != second.fingerprint:
-        raise InputError(
-            f"the tokenizers of {first.origin} and {second.origin} differ "
-            f"({first.fingerprint[:12]} and {second.fingerprint[:12]}); start both from the same SFT run"
-        )
-    found = differences(first.config.to_dict(), second.config.to_dict()) if architecture else []
-    if found:
-        raise InputError(f"the models of {first.origin} and {second.origin} differ ({'; '.join(found)})")
-
-
-def check_scores(model: Model, *, steps: bool = False, flag: str = "reward_from") -> None:
-    """Refuses a model that is no reward model, or one of responses where one of ``steps`` is needed, and vice versa.
-
-    Raises:
-      InputError: names its directory.
-    """
-    stage = "process_reward" if steps else "reward_model"
-    if "head" not in model.params:
-        raise InputError(f"--{flag}={model.origin} has no reward head; give a run of experiments.{stage}")
-    if steps != ("step_mark" in model.facts):
-        made = "responses" if steps else "steps"
-        raise InputError(
-            f"--{flag}={model.origin} is a reward model of {made}; give a run of experiments.{stage}, or "
-            f"--config.reward={'model' if steps else 'process'} where the stage has it"
-        )
-
-
-def check_context(model: Model, needed: int) -> None:
-    """Refuses rows of ``needed`` tokens (prompt and response widths) that the model was not made for.
-
-    Raises:
-      InputError: names both lengths.
-    """
-    if needed > model.config.max_length:
-        raise InputError(
-            f"config.data.prompt_length + response_length is {needed}, beyond the context of {model.origin} "
-            f"({model.config.max_length} tokens); lower one of them"
-        )
-
-
-def leave_handoff(
-    run: Run,
-    config: Any,
-    model: Model,
-    trained: adapters.Trained,
-    *,
-    made_from: Sequence[str],
-    facts: Mapping,
-) -> None:
-    """Marks the run finished by leaving its params, tokenizer and description.
-
-    An adapter is left twice: merged into the params, which any stage and ``export`` take, and by itself, for stages
-    that keep one base (``load_beside``).
-    """
-    params = trained.params
-    if trained.adapter is not None:
-        params = adapters.merge(trained.adapter, model.params, config.lora.settings)
-        facts = {**facts, "base": _identity(model.origin)}
-    checkpoints.save_handoff(
-        run.workdir,
-        checkpoints.Handoff(
-            stage=run.stage,
-            model=model.config.to_dict(),
-            tokenizer_fingerprint=model.fingerprint,
-            config=dataclasses.asdict(config),
-            made_from=list(made_from),
-            facts=dict(facts),
-            code_version=__version__,
-        ),
-        params,
-        lambda path: tokenizers.save_tokenizer(model.tokenizer, path),
-        adapter=trained.adapter,
-    )
 
 
 def write_data_report(run: Run, unreadable: Sequence[tuple[str, str]], **encoded: EncodeReport) -> None:

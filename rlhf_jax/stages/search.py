@@ -27,17 +27,9 @@ from rlhf_jax.sampling.generate import SamplingConfig, generate
 from rlhf_jax.sampling.prompts import pad_prompts
 from rlhf_jax.sampling.step_beam import Place, Score, step_beam
 from rlhf_jax.stages import inputs, rewards
+from rlhf_jax.stages.handoffs import Model, check_context, check_same_family, check_scores, load_model
 from rlhf_jax.stages.prompts import encode_held_out_prompts
-from rlhf_jax.stages.run_directory import (
-    Model,
-    Purpose,
-    Run,
-    check_context,
-    check_same_family,
-    check_scores,
-    load_model,
-    open_run,
-)
+from rlhf_jax.stages.run_directory import Purpose, Run, open_run
 from rlhf_jax.training import interrupt
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.types import DemonstrationBatch

@@ -22,8 +22,9 @@ from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.evaluation.policies import RowReward
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.rewards import objectives
+from rlhf_jax.stages.handoffs import Model, objectives_of
 from rlhf_jax.stages.rollouts import Combine, answers, make_rollout
-from rlhf_jax.stages.run_directory import Model, Purpose, Run
+from rlhf_jax.stages.run_directory import Purpose, Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,15 @@ def runs_of(reward_from: str) -> list[str]:
     return runs
 
 
+def rewards_of(reward_from: str) -> list[str]:
+    """The rewards that ``--reward_from`` names: its runs, ``<run>:<objective>`` for each head of one with several."""
+    return [
+        name
+        for run in runs_of(reward_from)
+        for name in [f"{run}:{objective}" for objective in objectives_of(run)] or [run]
+    ]
+
+
 def inputs_of(reward_from: str) -> dict[str, str]:
     """The reward models among a run's inputs, by the names that its ``config.json`` gives them."""
     runs = runs_of(reward_from)
@@ -70,15 +80,16 @@ def inputs_of(reward_from: str) -> dict[str, str]:
     return {f"reward_from_{number}": run for number, run in enumerate(runs, 1)}
 
 
-def check(config: Any, runs: Sequence[str]) -> None:
-    """Refuses reward models that nothing combines, and a combination without the reward models for it.
+def check(config: Any, names: Sequence[str]) -> None:
+    """Refuses rewards that nothing combines, and a combination without the rewards for it.
 
-    ``config``: a stage's; ``reward``, ``scoring``, ``constraint`` and ``answer_weight`` are read.
+    ``config``: a stage's; ``reward``, ``scoring``, ``constraint`` and ``answer_weight`` are read. ``names``: of
+    `rewards_of`.
 
     Raises:
       InputError: names the option.
     """
-    weights, constraint, number = config.scoring.weights, config.constraint.at_least, len(runs)
+    weights, constraint, number = config.scoring.weights, config.constraint.at_least, len(names)
     if weights and constraint is not None:
         raise InputError(
             "config.scoring.weights and config.constraint.at_least are both given: under a constraint the multiplier "
@@ -87,30 +98,30 @@ def check(config: Any, runs: Sequence[str]) -> None:
     combined = "scoring.weights" if weights else "constraint.at_least"
     if (weights or constraint is not None) and (config.reward != "model" or number < 2):
         raise InputError(
-            f"config.{combined} is given, which needs several reward models, and config.reward={config.reward} has "
-            f"{number if config.reward == 'model' else 'none of them'}; give --reward_from=<run>,<run> and "
-            "config.reward=model, or leave it out"
+            f"config.{combined} is given, which needs several rewards, and config.reward={config.reward} has "
+            f"{number if config.reward == 'model' else 'none of them'}; give --reward_from=<run>,<run>, or a run with "
+            "several objectives, and config.reward=model, or leave it out"
         )
     if number < 2:
         return
     if config.reward != "model":
         raise InputError(
-            f"--reward_from names {number} runs, and config.reward={config.reward} takes one; give one of them"
+            f"--reward_from names {number} rewards, and config.reward={config.reward} takes one; give one of them"
         )
     if config.answer_weight:
         raise InputError(
-            f"config.answer_weight is {config.answer_weight}, and --reward_from names {number} runs: answers are added "
-            "to one reward model; give 0, or one run"
+            f"config.answer_weight is {config.answer_weight}, and --reward_from names {number} rewards: answers are "
+            "added to one; give 0, or one reward"
         )
     if constraint is not None and number != 2:
         raise InputError(
-            f"config.constraint.at_least is {constraint}, which binds the second of two reward models, and "
-            f"--reward_from names {number}; give two, or config.scoring.weights"
+            f"config.constraint.at_least is {constraint}, which binds the second of two rewards, and --reward_from "
+            f"names {number} ({', '.join(names)}); give two, or config.scoring.weights"
         )
     if constraint is None and len(weights) != number:
         raise InputError(
-            f"config.scoring.weights has {len(weights)} numbers, and --reward_from names {number} runs; give one "
-            "weight a run, or config.constraint.at_least for two"
+            f"config.scoring.weights has {len(weights)} numbers, and --reward_from names {number} rewards "
+            f"({', '.join(names)}); give one weight a reward, or config.constraint.at_least for two"
         )
 
 
@@ -138,7 +149,7 @@ def combined(config: Any, each: RowReward, run: Run, model: Model, held_out: bat
     if not (unit > 0).all():
         number = int(np.argmin(unit > 0)) + 1
         raise InputError(
-            f"reward model {number} of --reward_from gives each of {scores.shape[1]} responses of the initial policy "
+            f"reward {number} of --reward_from gives each of {scores.shape[1]} responses of the initial policy "
             f"the same score ({zero[number - 1]:g}), or none that is finite, which no weight can scale; leave it out"
         )
     zero, unit, weights = (jnp.asarray(x, jnp.float32) for x in (zero, unit, config.scoring.weights))

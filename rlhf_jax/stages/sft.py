@@ -23,15 +23,8 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
 from rlhf_jax.stages import adapters, inputs
-from rlhf_jax.stages.run_directory import (
-    Model,
-    Purpose,
-    Run,
-    leave_handoff,
-    load_model,
-    open_run,
-    place,
-)
+from rlhf_jax.stages.handoffs import Model, leave_handoff, load_model, place
+from rlhf_jax.stages.run_directory import Purpose, Run, open_run
 from rlhf_jax.stages.supervised import encode_split, train
 from rlhf_jax.training.forward import response_log_probs
 from rlhf_jax.training.interrupt import StopRequest

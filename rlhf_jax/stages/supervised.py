@@ -13,7 +13,8 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
 from rlhf_jax.stages import adapters, data_reports, inputs
-from rlhf_jax.stages.run_directory import Model, Progress, Purpose, Run, check_context, write_data_report
+from rlhf_jax.stages.handoffs import Model, check_context
+from rlhf_jax.stages.run_directory import Progress, Purpose, Run, write_data_report
 from rlhf_jax.training.loop import fit
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.step import Objective, TrainState, init_train_state, make_train_step

@@ -29,7 +29,8 @@ from rlhf_jax.stages import (
     sft,
 )
 from rlhf_jax.stages.adapters import LoraOptions
-from rlhf_jax.stages.run_directory import load_beside, load_model, open_run
+from rlhf_jax.stages.handoffs import load_beside, load_model
+from rlhf_jax.stages.run_directory import open_run
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
 

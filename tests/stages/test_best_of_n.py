@@ -10,7 +10,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.evaluation import policies
 from rlhf_jax.rewards import ensembles
 from rlhf_jax.stages import best_of_n, inputs, reward_model, rewards, rollouts
-from rlhf_jax.stages.run_directory import load_handoff_model
+from rlhf_jax.stages.handoffs import load_handoff_model
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 
 from .conftest import DATA, REWARD, StopAfter

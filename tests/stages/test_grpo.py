@@ -13,7 +13,7 @@ from rlhf_jax import checkpoints
 from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.stages import grpo, rollouts
-from rlhf_jax.stages.run_directory import load_handoff_model
+from rlhf_jax.stages.handoffs import load_handoff_model
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig

@@ -21,8 +21,9 @@ from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import judges
 from rlhf_jax.stages import grpo, judged_rewards, online_dpo, ppo, rejection, rollouts
+from rlhf_jax.stages.handoffs import load_handoff_model
 from rlhf_jax.stages.judged_rewards import JudgeOptions
-from rlhf_jax.stages.run_directory import Run, load_handoff_model
+from rlhf_jax.stages.run_directory import Run
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.types import Rollout

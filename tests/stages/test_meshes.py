@@ -31,8 +31,9 @@ from rlhf_jax.stages import (
     sft,
     supervised,
 )
+from rlhf_jax.stages.handoffs import load_model
 from rlhf_jax.stages.preference_objectives import PreferenceLoss, make_pair_objective
-from rlhf_jax.stages.run_directory import Purpose, load_model, open_run
+from rlhf_jax.stages.run_directory import Purpose, open_run
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig

@@ -18,9 +18,9 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import decoder, heads
 from rlhf_jax.stages import grpo, inputs, ppo, process_reward, rewards, sft
+from rlhf_jax.stages.handoffs import load_handoff_model
 from rlhf_jax.stages.inputs import DataConfig
 from rlhf_jax.stages.rewards import Scoring
-from rlhf_jax.stages.run_directory import load_handoff_model
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig

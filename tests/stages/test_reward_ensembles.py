@@ -16,7 +16,7 @@ from rlhf_jax.models import heads
 from rlhf_jax.rewards import ensembles
 from rlhf_jax.rewards import reward_model as scorer
 from rlhf_jax.stages import evaluate, evaluations, grpo, ppo, reward_model, reward_objectives, rewards
-from rlhf_jax.stages.run_directory import load_handoff_model
+from rlhf_jax.stages.handoffs import load_handoff_model
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig

@@ -18,10 +18,10 @@ from rlhf_jax.models import heads
 from rlhf_jax.rewards import ensembles
 from rlhf_jax.rewards import reward_model as scorer
 from rlhf_jax.stages import config as configs
-from rlhf_jax.stages import inputs, reward_model, reward_objectives
+from rlhf_jax.stages import inputs, reward_measures, reward_model, reward_objectives
 from rlhf_jax.stages.adapters import LoraOptions
+from rlhf_jax.stages.handoffs import load_handoff_model
 from rlhf_jax.stages.inputs import DataConfig
-from rlhf_jax.stages.run_directory import load_handoff_model
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.types import PreferenceBatch, RankingBatch
@@ -316,10 +316,12 @@ def test_the_length_correlation_is_that_of_the_two_sides_of_a_pair():
     rng = np.random.default_rng(0)
     chosen, rejected = rng.standard_normal((2, 50))
     lengths = rng.integers(3, 20, (2, 50))
-    scores = reward_model.PairScores(chosen=chosen, rejected=rejected, extra_tokens=lengths[0] - lengths[1])
+    scores = reward_measures.PairScores(
+        chosen=chosen, rejected=rejected, extra_tokens=lengths[0] - lengths[1]
+    )
     # A pair less its mean, both ways: NumPy's correlation of 100 numbers with mean 0.
     margins, extra = (np.concatenate([x, -x]) for x in (chosen - rejected, lengths[0] - lengths[1]))
-    found = reward_model.length_correlation(scores)
+    found = reward_measures.length_correlation(scores)
     np.testing.assert_allclose(found, np.corrcoef(margins, extra)[0, 1], rtol=1e-9)
     moments = losses.length_moments(
         np.stack([chosen, rejected], 1), np.stack(lengths, 1).astype(np.float64), np.ones((50, 2), bool)
@@ -327,7 +329,7 @@ def test_the_length_correlation_is_that_of_the_two_sides_of_a_pair():
     variance, shared, spread = np.asarray(moments).sum(axis=0)
     np.testing.assert_allclose(found, shared / np.sqrt(variance * spread), rtol=1e-5)
     same = dataclasses.replace(scores, extra_tokens=np.zeros(50, int))
-    assert reward_model.length_correlation(same) == 0.0
+    assert reward_measures.length_correlation(same) == 0.0
 
 
 def test_agreement_with_gold_by_hand():
@@ -337,7 +339,7 @@ def test_agreement_with_gold_by_hand():
         Preference(prompt="p", chosen="a", rejected="b", source="s", chosen_gold=a, rejected_gold=b)
         for a, b in golds
     ]
-    assert reward_model.gold_accuracy(rows, np.array([0.3, 0.1, 0.0, 5.0])) == (1 + 0 + 0.5) / 3
+    assert reward_measures.gold_accuracy(rows, np.array([0.3, 0.1, 0.0, 5.0])) == (1 + 0 + 0.5) / 3
 
 
 def test_what_rankings_cannot_do_is_refused(votes, ladder, tmp_path):

@@ -15,7 +15,8 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import grpo, online_dpo, ppo, rejection, reward_model, rewards, search, several_rewards
-from rlhf_jax.stages.run_directory import Run, load_handoff_model
+from rlhf_jax.stages.handoffs import load_handoff_model
+from rlhf_jax.stages.run_directory import Run
 from rlhf_jax.stages.several_rewards import Constraint
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -108,9 +109,7 @@ def test_weights_are_of_rewards_in_the_unit_of_the_initial_policy(ladder, tmp_pa
     standard = (initial - initial.mean(axis=1, keepdims=True)) / initial.std(axis=1, keepdims=True)
     found = combine(jnp.asarray(initial * np.array([[1000.0], [-0.01]]) + 7.0, jnp.float32), None)
     np.testing.assert_allclose(found, 2 * standard[0] - 3 * standard[1], atol=2e-4)
-    with pytest.raises(
-        InputError, match=r"reward model 2 of --reward_from gives each of 40 responses .* \(4\)"
-    ):
+    with pytest.raises(InputError, match=r"reward 2 of --reward_from gives each of 40 responses .* \(4\)"):
         constant = lambda rollout, rows: each(rollout, rows) * jnp.array([[1.0], [0.0]]) + 4.0  # noqa: E731
         several_rewards.combined(config, constant, run_on(tmp_path), model, encoded_prompts(model, 40))
 
@@ -134,15 +133,15 @@ def test_a_stage_optimises_the_weighted_sum_and_reports_each(both, ladder, tmp_p
 
 WEIGHTS = rewards.Scoring(weights=(1.0, 2.0))
 REFUSED = [
-    ({}, "a,b", "config.scoring.weights has 0 numbers, and --reward_from names 2 runs"),
-    ({"scoring": WEIGHTS}, "a,b,c", "weights has 2 numbers, and --reward_from names 3 runs"),
-    ({"scoring": WEIGHTS}, "a", "weights is given, which needs several reward models, .*=model has 1"),
+    ({}, "a,b", "config.scoring.weights has 0 numbers, and --reward_from names 2 rewards"),
+    ({"scoring": WEIGHTS}, "a,b,c", "weights has 2 numbers, and --reward_from names 3 rewards"),
+    ({"scoring": WEIGHTS}, "a", "weights is given, which needs several rewards, .*=model has 1"),
     ({"scoring": WEIGHTS, "reward": "sentiment"}, "", "=sentiment has none of them"),
     ({"constraint": Constraint(at_least=0.0)}, "a,b,c", "binds the second of two .* names 3"),
     ({"constraint": Constraint(at_least=0.0)}, "a", "at_least is given, which needs several"),
     ({"constraint": Constraint(at_least=0.0), "scoring": WEIGHTS}, "a,b", "are both given"),
     ({"scoring": WEIGHTS, "answer_weight": 1.0}, "a,b", "answer_weight is 1.0, and --reward_from names 2"),
-    ({"reward": "process"}, "a,b", "names 2 runs, and config.reward=process takes one"),
+    ({"reward": "process"}, "a,b", "names 2 rewards, and config.reward=process takes one"),
     ({}, "a,,b", "has a comma with no run before or after it"),
 ]
 
@@ -151,7 +150,7 @@ REFUSED = [
 def test_what_nothing_combines_is_refused(change, reward_from, message):
     config = dataclasses.replace(STAGES["grpo"][1], constraint=Constraint())
     with pytest.raises(InputError, match=message):
-        several_rewards.check(dataclasses.replace(config, **change), several_rewards.runs_of(reward_from))
+        several_rewards.check(dataclasses.replace(config, **change), several_rewards.rewards_of(reward_from))
 
 
 def test_options_that_would_do_nothing_are_refused():

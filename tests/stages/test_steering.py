@@ -13,7 +13,8 @@ from rlhf_jax.data.prompts_of_stories import beginnings
 from rlhf_jax.models import decoder
 from rlhf_jax.rewards.sentiment import NEGATIVE, POSITIVE, sentiment_reward
 from rlhf_jax.stages import grpo, steering
-from rlhf_jax.stages.run_directory import load_model, open_run
+from rlhf_jax.stages.handoffs import load_model
+from rlhf_jax.stages.run_directory import open_run
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig

@@ -14,8 +14,9 @@ from rlhf_jax.data import batches, prepared, scans, world
 from rlhf_jax.errors import InputError
 from rlhf_jax.evaluation import report
 from rlhf_jax.stages import evaluate, grpo, inputs, prompts, reward_model, sft, steering, supervised
+from rlhf_jax.stages.handoffs import load_model
 from rlhf_jax.stages.inputs import BatchConfig, DataConfig
-from rlhf_jax.stages.run_directory import load_model, open_run
+from rlhf_jax.stages.run_directory import open_run
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 from rlhf_jax.training.loop import Schedule
 
