@@ -51,7 +51,7 @@ BEST_OF_N_KLS = (0.5, 1.0, 2.0, 4.0, 5.9)
 RL_KLS = (2.0, 5.0, 10.0, 20.0, 40.0)
 # What the sections are made of.
 DRAWN = {
-    "proxies": ("pairs_1k", "pairs_8k", "narrow_8k", "ensemble_8k"),
+    "proxies": ("pairs_1k", "pairs_8k", "narrow_8k", "ensemble_8k", "trunks_8k"),
     "policies": (
         "pairs_1k",
         "pairs_8k",
@@ -59,10 +59,15 @@ DRAWN = {
         "mean",
         "worst_case",
         "mean_minus_variance",
+        "trunks_mean",
+        "trunks_worst_case",
+        "trunks_mean_minus_variance",
         "weak_leash",
         "strong_leash",
     ),
 }
+# Seeds of further trunks lie so far apart that no other lab's first one is among them.
+_OTHER_SEEDS = 1000
 # The quickstart's reward model saw that many pairs.
 FULL = "pairs_49k"
 
@@ -110,10 +115,11 @@ def main(stop):
         seed=config["seed"],
     )
     print(json.dumps(summary["peaks"], indent=1))
-    members = scores["ensemble_8k"]
-    # The best hundredth of each prompt's responses.
-    shared = shared_errors(members, scores["labeller"], top=max(2, members.shape[2] // 100))
-    print(f"what the members of ensemble_8k share: {json.dumps(dataclasses.asdict(shared))}")
+    for name in ("ensemble_8k", "trunks_8k"):
+        # The best hundredth of each prompt's responses.
+        top = max(2, scores[name].shape[2] // 100)
+        shared = shared_errors(scores[name], scores["labeller"], top=top)
+        print(f"what the members of {name} share: {json.dumps(dataclasses.asdict(shared))}")
     print_kl(summary["kl_of_best_of_n"])
     print(workdir / page.PAGE)
 
@@ -126,13 +132,18 @@ def train_proxies(
     if any(made["narrow"] for made in config["proxies"].values()):
         sft.run(built(sft.Config, config, config["narrow"], "config.narrow"), narrow, **how)
     found = {}
+    most = max(made["trunks"] for made in config["proxies"].values())
+    trunks = [start / "sft", *(workdir / f"sft_{number}" for number in range(1, most))]
+    for number, trunk in enumerate(trunks[1:], 1):
+        again = {**config, "seed": config["seed"] + _OTHER_SEEDS * number}
+        sft.run(built(sft.Config, again, config["trunk"], "config.trunk"), trunk, **how)
     for name, made in config["proxies"].items():
         found[name] = workdir / f"reward_{name}"
         trained = built(
             reward_model.Config, config, made["reward_model"], f"config.proxies.{name}", pairs=made["pairs"]
         )
-        origin = narrow if made["narrow"] else start / "sft"
-        reward_model.run(trained, found[name], init_from=str(origin), **how)
+        origins = [narrow] if made["narrow"] else trunks[: made["trunks"]]
+        reward_model.run(trained, found[name], init_from=",".join(map(str, origins)), **how)
     return found
 
 
@@ -149,19 +160,15 @@ def built(
 def sections_of_best_of_n(scores: Mapping[str, np.ndarray], *, penalty: float) -> list[Section]:
     """By amount of data, up to the labellers' own taste; by size; and of one model or four."""
     gold = scores["gold"]
-    members = scores["ensemble_8k"]
-    flat = members.reshape(len(members), -1)
-    joined = {
-        "mean": ensembles.mean_score(flat),
-        "worst_case": ensembles.worst_case_score(flat),
-        "mean_minus_variance": ensembles.mean_minus_variance(flat, penalty=penalty),
-    }
+    joined = _joined(scores["ensemble_8k"], penalty)
+    apart = {f"trunks_{name}": values for name, values in _joined(scores["trunks_8k"], penalty).items()}
     of = {
         name: of_best_of_n(scores[name], gold)
         for name in ("labeller", FULL, "pairs_8k", "pairs_1k", "narrow_8k")
     }
     of |= {
-        name: of_best_of_n(np.asarray(values).reshape(gold.shape), gold) for name, values in joined.items()
+        name: of_best_of_n(np.asarray(values).reshape(gold.shape), gold)
+        for name, values in (joined | apart).items()
     }
     section = functools.partial(Section, kls=BEST_OF_N_KLS)
     return [
@@ -180,7 +187,22 @@ def sections_of_best_of_n(scores: Mapping[str, np.ndarray], *, penalty: float) -
             title="Best-of-n by one reward model and by four",
             courses=pick(of, "pairs_8k", *joined),
         ),
+        section(
+            key="best_of_n_trunks",
+            title="Best-of-n by one reward model and by four from trunks of their own",
+            courses=pick(of, "pairs_8k", *apart),
+        ),
     ]
+
+
+def _joined(members: np.ndarray, penalty: float) -> dict[str, Any]:
+    """The scores [P N] of an ensemble [E, P, N] in each of the ways to make one number of them."""
+    flat = members.reshape(len(members), -1)
+    return {
+        "mean": ensembles.mean_score(flat),
+        "worst_case": ensembles.worst_case_score(flat),
+        "mean_minus_variance": ensembles.mean_minus_variance(flat, penalty=penalty),
+    }
 
 
 def sections_of_runs(runs: Mapping[str, pathlib.Path]) -> list[Section]:
@@ -197,6 +219,11 @@ def sections_of_runs(runs: Mapping[str, pathlib.Path]) -> list[Section]:
             key="ppo_ensemble",
             title="PPO without a leash, by one reward model and by four",
             courses=pick(of, "pairs_8k", "mean", "worst_case", "mean_minus_variance"),
+        ),
+        section(
+            key="ppo_trunks",
+            title="PPO without a leash, by one reward model and by four from trunks of their own",
+            courses=pick(of, "pairs_8k", "trunks_mean", "trunks_worst_case", "trunks_mean_minus_variance"),
         ),
         section(
             key="ppo_leash",

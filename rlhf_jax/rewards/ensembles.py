@@ -24,16 +24,24 @@ from rlhf_jax.rewards import reward_model
 from rlhf_jax.types import DemonstrationBatch, Rollout
 
 
-def init_ensemble(config: ModelConfig, decoder: Any, key: jax.Array, *, size: int) -> Any:
-    """Stacked parameters of ``size`` reward models that share ``decoder`` at the start, each with a head of its own.
+def init_ensemble(config: ModelConfig, decoders: Sequence[Any], key: jax.Array, *, size: int) -> Any:
+    """Stacked parameters of ``size`` reward models, each with a head of its own.
 
-    Heads, and the order of the data in training, make members differ as little as a fine-tuning seed does (Coste et al.
-    2024). Members from different pre-trained decoders disagree more where all are wrong (Eisenstein et al. 2023): make
-    those with `stack_members`.
+    ``decoders``: one, from which all start, or as many as there are members, of one architecture. From one, heads and
+    the order of the data in training make members differ as little as a fine-tuning seed does (Coste et al. 2024);
+    members from different pre-trained decoders disagree more where all are wrong (Eisenstein et al. 2023).
+
+    Raises:
+      ValueError: another number of decoders.
     """
+    if len(decoders) not in (1, size):
+        raise ValueError(f"{len(decoders)} decoders for {size} members: give one, or one for each")
     head = jax.vmap(lambda key: heads.init_scalar_head(config, key))(jax.random.split(key, size))
-    shared = jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *jnp.shape(x))), decoder)
-    return {"decoder": shared, "head": head}
+    if len(decoders) == 1:
+        decoder = jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *jnp.shape(x))), decoders[0])
+    else:
+        decoder = stack_members(decoders)
+    return {"decoder": decoder, "head": head}
 
 
 def stack_members(members: Sequence[Any]) -> Any:

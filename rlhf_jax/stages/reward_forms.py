@@ -29,13 +29,13 @@ from rlhf_jax.training.step import Objective
 class Form:
     """What the stage asks of a kind of reward model.
 
-    init: ``init(decoder, key) -> params``. score: rewards of rows. objective: see ``training.step``. shown: metrics of
-    the progress bar. views: ``views(scores, rows)``, what it is judged by. zero: ``zero(scores, rows)`` of reference
-    pairs, the facts by which later stages take off what such a response is worth. more: ``more(scores, zero)``, of
-    held-out pairs, what else is to be said of it.
+    init: ``init(decoders, key) -> params``; of an ensemble each member may start from a decoder of its own. score:
+    rewards of rows. objective: see ``training.step``. shown: metrics of the progress bar. views: ``views(scores,
+    rows)``, what it is judged by. zero: ``zero(scores, rows)`` of reference pairs, the facts by which later stages take
+    off what such a response is worth. more: ``more(scores, zero)``, of held-out pairs, what else is to be said of it.
     """
 
-    init: Callable[[Any, jax.Array], Any]
+    init: Callable[[Sequence[Any], jax.Array], Any]
     score: Score
     objective: Objective
     shown: tuple[str, ...]
@@ -47,7 +47,7 @@ class Form:
 def one(model: ModelConfig, how: dict[str, Any]) -> Form:
     """One head on one trunk; ``how``: arguments of `reward_objectives.make_objective`."""
     return Form(
-        init=lambda decoder, key: {"decoder": decoder, "head": heads.init_scalar_head(model, key)},
+        init=lambda decoders, key: {"decoder": decoders[0], "head": heads.init_scalar_head(model, key)},
         score=reward_model.score,
         objective=reward_objectives.make_objective(model, **how),
         shown=("accuracy", "margin"),
@@ -72,8 +72,8 @@ def ensemble(model: ModelConfig, members: int, how: dict[str, Any]) -> Form:
 def of_objectives(model: ModelConfig, objectives: tuple[str, ...], how: dict[str, Any]) -> Form:
     """A head for each objective on one trunk; ``how``: arguments of `losses.bradley_terry_loss`."""
     return Form(
-        init=lambda decoder, key: {
-            "decoder": decoder,
+        init=lambda decoders, key: {
+            "decoder": decoders[0],
             "head": reward_model.init_heads(model, key, number=len(objectives)),
         },
         score=reward_model.score_by_objectives,

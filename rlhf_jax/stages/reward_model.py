@@ -25,8 +25,8 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
 from rlhf_jax.stages import adapters, inputs, reward_forms, reward_measures, reward_objectives
-from rlhf_jax.stages.handoffs import leave_handoff, load_model
-from rlhf_jax.stages.run_directory import Purpose, open_run
+from rlhf_jax.stages.handoffs import check_same_family, leave_handoff, load_model
+from rlhf_jax.stages.run_directory import Purpose, inputs_of, open_run, runs_of
 from rlhf_jax.stages.supervised import encode_split, train
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -142,22 +142,33 @@ def run(
 ) -> None:
     """Runs the stage to its hand-off; returns at once if it is there.
 
+    ``init_from``: a finished run, or a Hugging Face directory; of an ensemble as many as it has members, with commas
+    between them, give each a trunk of its own (Eisenstein et al. 2023).
+
     Raises:
       InputError: anything the user gave that cannot be used, before any training.
       Interrupted: stopped on request, after saving.
     """
+    origins = runs_of(init_from, flag="init_from")
     run_ = open_run(
         workdir,
         "reward_model",
         config,
-        inputs={"init_from": init_from},
+        inputs=inputs_of("init_from", origins),
         parallelism=parallelism,
         mesh=mesh,
         stop=stop,
     )
     if run_.finished:
         return
-    model = load_model(init_from, run_)
+    if len(origins) not in (1, config.members):
+        raise InputError(
+            f"--init_from names {len(origins)} trunks, and config.members is {config.members}; give one, from which "
+            f"all members start, or --config.members={len(origins)}"
+        )
+    model, *others = [load_model(origin, run_) for origin in origins]
+    for other in others:
+        check_same_family(model, other, architecture=True)
     is_ranked, encode = config.kind != "pairs", batches.encode_preferences
     if is_ranked:
         split = inputs.load_rankings(config.data)
@@ -170,7 +181,8 @@ def run(
 
     reference = _reference(config, train_rows, held_out)
     form = config.form(model.config)
-    params = form.init(model.params["decoder"], run_.key(config.seed, Purpose.INIT))
+    decoders = [start.params["decoder"] for start in (model, *others)]
+    params = form.init(decoders, run_.key(config.seed, Purpose.INIT))
     params = meshes.put(params, sharding.parameter_sharding(run_.mesh, model.config, params))
     of = {"batch_size": config.batch_size, "run": run_, "score_rows": form.score}
     score_held_out = reward_measures.make_pair_scorer(model.config, held_out, **of)
@@ -204,7 +216,7 @@ def run(
     views = form.views(scores, judged)
     facts |= form.more(scores, facts) | reward_measures.measure(views) | reward_measures.compare(views)
     reward_measures.write_margins(views[0], run_)
-    leave_handoff(run_, config, model, trained, made_from=[init_from], facts=facts)
+    leave_handoff(run_, config, model, trained, made_from=origins, facts=facts)
 
 
 def _reference(config: Config, train_rows: batches.Encoded, held_out: batches.Encoded) -> batches.Encoded:

@@ -33,7 +33,7 @@ from rlhf_jax.stages.handoffs import (
     place_of,
 )
 from rlhf_jax.stages.rollouts import Combine
-from rlhf_jax.stages.run_directory import Run, split_objective
+from rlhf_jax.stages.run_directory import Run, inputs_of, runs_of, split_objective
 from rlhf_jax.types import Rollout
 
 RewardKind = Literal["model", "answer", "process", "sentiment", "judge"]
@@ -197,7 +197,8 @@ class Sources:
     def inputs(self) -> dict[str, str]:
         """Name -> directory, as ``config.json`` keeps them among a run's inputs."""
         others = {"held_out_reward_from": self.held_out_reward_from, "judge_from": self.judge_from}
-        return several_rewards.inputs_of(self.reward_from) | {k: v for k, v in others.items() if v}
+        runs = runs_of(self.reward_from, flag="reward_from")
+        return inputs_of("reward_from", runs) | {k: v for k, v in others.items() if v}
 
 
 def load_reward(

@@ -146,6 +146,26 @@ def split_objective(path: str) -> tuple[str, str]:
     return path, ""
 
 
+def runs_of(value: str, *, flag: str) -> list[str]:
+    """The directories that a flag names, with commas between them; none of an empty one.
+
+    Raises:
+      InputError: a comma too many.
+    """
+    # A directory may have a comma in its name.
+    runs = [value] if os.path.exists(value) else value.split(",") if value else []
+    if "" in runs:
+        raise InputError(f"--{flag}={value} has a comma with no run before or after it; leave it out")
+    return runs
+
+
+def inputs_of(flag: str, runs: Sequence[str]) -> dict[str, str]:
+    """Runs that one flag names, by the names that ``config.json`` gives them among a run's inputs."""
+    if len(runs) == 1:
+        return {flag: runs[0]}
+    return {f"{flag}_{number}": run for number, run in enumerate(runs, 1)}
+
+
 def _weights(place: Path) -> str | None:
     """What identifies a Hugging Face directory, which lies on this machine."""
     return None if storage.in_bucket(place) else tensor_files.fingerprint(place)

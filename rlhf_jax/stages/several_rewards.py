@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.rewards import objectives
 from rlhf_jax.stages.handoffs import Model, objectives_of
 from rlhf_jax.stages.rollouts import Combine, answers, make_rollout
-from rlhf_jax.stages.run_directory import Purpose, Run
+from rlhf_jax.stages.run_directory import Purpose, Run, runs_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,32 +51,13 @@ class Constraint:
                 )
 
 
-def runs_of(reward_from: str) -> list[str]:
-    """The directories that ``--reward_from`` names, with commas between them; none of an empty one."""
-    # A directory may have a comma in its name.
-    runs = [reward_from] if os.path.exists(reward_from) else reward_from.split(",") if reward_from else []
-    if "" in runs:
-        raise InputError(
-            f"--reward_from={reward_from} has a comma with no run before or after it; leave it out"
-        )
-    return runs
-
-
 def rewards_of(reward_from: str) -> list[str]:
     """The rewards that ``--reward_from`` names: its runs, ``<run>:<objective>`` for each head of one with several."""
     return [
         name
-        for run in runs_of(reward_from)
+        for run in runs_of(reward_from, flag="reward_from")
         for name in [f"{run}:{objective}" for objective in objectives_of(run)] or [run]
     ]
-
-
-def inputs_of(reward_from: str) -> dict[str, str]:
-    """The reward models among a run's inputs, by the names that its ``config.json`` gives them."""
-    runs = runs_of(reward_from)
-    if len(runs) == 1:
-        return {"reward_from": runs[0]}
-    return {f"reward_from_{number}": run for number, run in enumerate(runs, 1)}
 
 
 def check(config: Any, names: Sequence[str]) -> None:

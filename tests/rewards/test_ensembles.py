@@ -54,7 +54,7 @@ def test_a_stack_scores_as_each_of_its_members(batch, shared):
 
 
 def test_members_begin_with_one_decoder_and_heads_of_their_own(shared):
-    params = ensembles.init_ensemble(CONFIG, shared, jax.random.key(7), size=64)
+    params = ensembles.init_ensemble(CONFIG, [shared], jax.random.key(7), size=64)
     assert jax.tree.structure(params["decoder"]) == jax.tree.structure(shared)
     for stacked, one in zip(jax.tree.leaves(params["decoder"]), jax.tree.leaves(shared), strict=True):
         np.testing.assert_array_equal(stacked, np.broadcast_to(one, (64, *one.shape)))
@@ -63,6 +63,15 @@ def test_members_begin_with_one_decoder_and_heads_of_their_own(shared):
     np.testing.assert_allclose(kernel.std(), (CONFIG.width + 1) ** -0.5, rtol=0.1)
     correlations = np.corrcoef(kernel)
     assert np.abs(correlations[np.triu_indices(64, 1)]).max() < 0.95  # no two heads are the same draw
+
+
+def test_members_may_begin_with_a_decoder_each(shared):
+    decoders = [jax.tree.map(lambda x, scale=scale: x * scale, shared) for scale in (1.0, 2.0, 3.0)]
+    params = ensembles.init_ensemble(CONFIG, decoders, jax.random.key(7), size=3)
+    for number, one in enumerate(decoders):
+        jax.tree.map(np.testing.assert_array_equal, ensembles.member(params, number)["decoder"], one)
+    with pytest.raises(ValueError, match="3 decoders for 4 members: give one, or one for each"):
+        ensembles.init_ensemble(CONFIG, decoders, jax.random.key(7), size=4)
 
 
 def test_aggregates_are_what_loops_say():

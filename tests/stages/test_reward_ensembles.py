@@ -1,6 +1,7 @@
 """Ensembles of reward models as an option of the stage: each member is a reward model, and how they are used."""
 
 import dataclasses
+import functools
 import pathlib
 import shutil
 
@@ -15,14 +16,15 @@ from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import heads
 from rlhf_jax.rewards import ensembles
 from rlhf_jax.rewards import reward_model as scorer
-from rlhf_jax.stages import evaluate, evaluations, grpo, ppo, reward_model, reward_objectives, rewards
+from rlhf_jax.stages import evaluate, evaluations, grpo, ppo, reward_model, reward_objectives, rewards, sft
 from rlhf_jax.stages.handoffs import load_handoff_model
+from rlhf_jax.stages.run_directory import changed_inputs
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig
 from rlhf_jax.types import DemonstrationBatch, PreferenceBatch, Rollout
 
-from .conftest import DATA, PPO, REWARD, SHARED
+from .conftest import DATA, PPO, REWARD, SFT, SHARED
 
 STOP = StopRequest()
 
@@ -240,3 +242,34 @@ def test_what_an_ensemble_cannot_do_is_refused():
         dataclasses.replace(REWARD, members=2, optimizer=OptimizerConfig(weight_decay=0.1))
     with pytest.raises(InputError, match="penalty is -1.0; it must be at least 0"):
         rewards.Scoring(penalty=-1.0)
+
+
+def test_members_from_trunks_of_their_own(ladder, tmp_path):
+    """At a learning rate of 0 each member is left with the trunk that --init_from names in its place."""
+    other = str(tmp_path / "other")
+    sft.run(dataclasses.replace(SFT, seed=1), other, stop=STOP)
+    frozen = OptimizerConfig(learning_rate=0.0, schedule="constant")
+    config = dataclasses.replace(REWARD, members=2, optimizer=frozen, schedule=Schedule(num_steps=1))
+    workdir = tmp_path / "both"
+    reward_model.run(config, workdir, init_from=f"{other},{ladder.sft}", stop=STOP)
+    found = load_handoff_model(workdir).params
+    for number, path in enumerate((other, ladder.sft)):
+        decoder = load_handoff_model(path).params["decoder"]
+        jax.tree.map(np.testing.assert_array_equal, ensembles.member(found, number)["decoder"], decoder)
+    handoff, _ = checkpoints.load_handoff(workdir)
+    assert handoff.made_from == [other, ladder.sft] and changed_inputs(workdir) == []
+
+
+def test_trunks_that_fit_no_ensemble_are_refused(ladder, tmp_path):
+    run = functools.partial(reward_model.run, workdir=tmp_path / "run", stop=STOP)
+    three = dataclasses.replace(REWARD, members=3)
+    with pytest.raises(InputError, match="--init_from names 2 trunks, and config.members is 3; give one"):
+        run(three, init_from=f"{ladder.sft},{ladder.sft}")
+    with pytest.raises(InputError, match="--init_from names 2 trunks, and config.members is 1"):
+        run(REWARD, init_from=f"{ladder.sft},{ladder.sft}")
+    with pytest.raises(InputError, match="has a comma with no run before or after it"):
+        run(three, init_from=f"{ladder.sft},,{ladder.sft}")
+    wide = str(tmp_path / "wide")
+    sft.run(dataclasses.replace(SFT, model=dataclasses.replace(SFT.model, mlp_width=48)), wide, stop=STOP)
+    with pytest.raises(InputError, match="the models of .* and .*wide differ .*mlp_width: 32 -> 48"):
+        run(dataclasses.replace(REWARD, members=2), init_from=f"{ladder.sft},{wide}")
