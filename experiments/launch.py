@@ -103,8 +103,9 @@ def define_reward_from() -> flags.FlagHolder:
         "reward_from",
         "",
         "Run directory of the reward model, the frozen reward (and PPO's first value model), where --config.reward is "
-        "'model'; of a process reward model where it is 'process'. Several reward models with commas between them: "
-        "--config.scoring.weights adds them up, or --config.constraint.at_least keeps the second up.",
+        "'model'; of a process reward model where it is 'process'. Several reward models with commas between them, or "
+        "one with several heads (of which <run>:<objective> names one): --config.scoring.weights adds them up, or "
+        "--config.constraint.at_least keeps the second up.",
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import sparse, special
 
-from rlhf_jax.data.rows import Preference, group_of
+from rlhf_jax.data.rows import Preference, group_of, label_of
 from rlhf_jax.errors import InputError
 
 # The longer response is up to 10%, up to half as long again, up to twice, up to four times as long, or longer.
@@ -73,6 +73,40 @@ def length_bias(found: Lengths) -> list[LengthBin]:
         for number in range(len(bounds) - 1)
         if (inside := place == number).any()
     ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Labels:
+    """What the labels by one of several objectives are like.
+
+    objective: its name. judged: pairs that have its label. tied: those of them that it says are equal. with_chosen,
+    longer_wins: of the others, the share on whose chosen side it is, and the share that the longer response wins.
+    """
+
+    objective: str
+    judged: int
+    tied: int
+    with_chosen: float
+    longer_wins: float
+
+
+def labels(rows: Sequence[Preference]) -> list[Labels]:
+    """Of each objective that rows are judged by, in the order in which they come; none where there is one label."""
+    found = []
+    for objective in dict.fromkeys(name for row in rows for name, _ in row.labels):
+        judged = [(row, label) for row in rows if (label := label_of(row, objective)) is not None]
+        sides = [(row, np.sign(label - 0.5)) for row, label in judged if label != 0.5]
+        longer = [side * np.sign(len(row.chosen) - len(row.rejected)) for row, side in sides]
+        found.append(
+            Labels(
+                objective=objective,
+                judged=len(judged),
+                tied=len(judged) - len(sides),
+                with_chosen=float(np.mean([side > 0 for _, side in sides])) if sides else 0.5,
+                longer_wins=float(np.mean((1 + np.array(longer)) / 2)) if sides else 0.5,
+            )
+        )
+    return found
 
 
 @dataclasses.dataclass

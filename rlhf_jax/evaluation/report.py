@@ -81,4 +81,10 @@ def _progress(run: Run) -> Sequence[str]:
         return []
     planned = run.config.get("schedule", {}).get("num_steps")
     done = f"step {run.rows[-1]['step']:,}" + (f" of {planned:,}" if planned else "")
-    return [done, "finished" if run.handoff else "not finished"]
+    left = (run.handoff or {}).get("facts", {})
+    best = (
+        [f"leaves the policy of iteration {left['best_iteration']:,}, the best by what ended the run"]
+        if "best_iteration" in left
+        else []
+    )
+    return [done, "finished" if run.handoff else "not finished", *best]

@@ -26,7 +26,7 @@ class Findings:
     """Everything a data report shows. left_out: (source, reason) of each record that was skipped.
 
     leaks: (between which rows, Leakage), for splits that were given or that could be made. known_ceiling: the mean of
-    max(p, 1-p) where the rows say their probability, else None.
+    max(p, 1-p) where the rows say their probability, else None. labels: of each of several objectives.
     """
 
     rows: Mapping[str, int]
@@ -38,6 +38,7 @@ class Findings:
     agreement: statistics.Agreement | None
     leaks: Sequence[tuple[str, statistics.Leakage]]
     known_ceiling: float | None
+    labels: Sequence[statistics.Labels] = ()
 
 
 def examine(
@@ -79,6 +80,7 @@ def examine(
         agreement=statistics.agreement(tallies),
         leaks=leaks,
         known_ceiling=None if None in known else sum(max(p, 1 - p) for p in known) / len(known),
+        labels=statistics.labels(rows),
     )
 
 
@@ -112,6 +114,11 @@ def summary(found: Findings) -> list[str]:
         f"scalar reward agrees with more than {consistency.reachable:.1%} of the labels"
     )
     lines += [f"agreement      {_agreement(said)}", f"ceiling        {_ceiling(found)}"]
+    lines += [
+        f"labels         by {one.objective}: {one.judged:,} pairs, {one.tied:,} of them ties; {one.with_chosen:.1%} "
+        f"for the chosen response, {one.longer_wins:.1%} for the longer one"
+        for one in found.labels
+    ]
     lines += [
         f"shared         {name}: of {leak.rows:,} rows {leak.prompts:,} share a prompt, {leak.groups:,} a group, "
         f"{leak.responses:,} a response, {leak.pairs:,} the pair"
@@ -199,6 +206,7 @@ def data_page(title: str, found: Findings) -> str:
         ),
         page.section("ceiling", "What can be reached", *_ceiling_parts(found)),
         page.section("consistency", "Contradictions and cycles", *_consistency_parts(found.consistency)),
+        page.section("labels", "Labels by objectives", _labels(found.labels)),
         page.section("leaks", "What splits share", _leaks(found.leaks)),
         page.section("data", "What was left out", _listed("Left out", found.left_out)),
     ]
@@ -258,6 +266,21 @@ def _consistency_parts(found: statistics.Consistency) -> list[str]:
     )
     contradicted = [(sources[0], f"and {', '.join(sources[1:6])}") for sources in found.contradicted]
     return [told, page.table(["", "Count"], rows, "small"), _listed("Labelled both ways", contradicted)]
+
+
+def _labels(found: Sequence[statistics.Labels]) -> str:
+    head = ["Objective", "Judged", "Ties", "For the chosen one", "For the longer one"]
+    rows = [
+        [
+            text(one.objective),
+            number(one.judged, ","),
+            number(one.tied, ","),
+            number(one.with_chosen, ".1%"),
+            number(one.longer_wins, ".1%"),
+        ]
+        for one in found
+    ]
+    return page.table(head, rows, "small") if rows else ""
 
 
 def _leaks(leaks: Sequence[tuple[str, statistics.Leakage]]) -> str:

@@ -328,3 +328,12 @@ def test_a_run_says_which_embedded_task_it_is_of_and_no_directory_of_this_machin
         "data pairs.jsonl",
         "started from llama",
     ]
+
+
+def test_a_run_that_left_its_best_policy_says_which(ladder):
+    edit(
+        ladder / "ppo" / "handoff" / "handoff.json",
+        lambda handoff: handoff["facts"].update(best_iteration=12),
+    )
+    page = Page(write_report(ladder / "ppo").read_text())
+    assert "finished · leaves the policy of iteration 12, the best by what ended the run" in page.text

@@ -50,6 +50,31 @@ def test_splits_that_were_given_are_compared_with_the_first():
     assert (name, leak.rows, leak.pairs) == ("test with train", 3, 3)
 
 
+def test_labels_by_several_objectives():
+    """Of the second a tie, one for the rejected and longer side, one for the chosen and longer side; and no label."""
+    pairs = (
+        ("long", "s", ()),
+        ("s", "long", (("safe", 0.25),)),
+        ("long", "s", (("safe", 1.0),)),
+        ("a", "b", ()),
+    )
+    rows = [
+        Preference(prompt="p", chosen=chosen, rejected=rejected, source="s", labels=(("good", 1.0), *more))
+        for chosen, rejected, more in pairs
+    ]
+    rows.append(Preference(prompt="p", chosen="c", rejected="d", source="s", labels=(("safe", 0.5),)))
+    found = examine({"all": rows})
+    lines = "\n".join(summary(found))
+    assert (
+        "by good: 4 pairs, 0 of them ties; 100.0% for the chosen response, 62.5% for the longer one" in lines
+    )
+    assert (
+        "by safe: 3 pairs, 1 of them ties; 50.0% for the chosen response, 100.0% for the longer one" in lines
+    )
+    assert re.search(r"Labels by objectives.*safe.*50\.0%.*100\.0%", data_page("t", found), re.DOTALL)
+    assert "Labels by objectives" not in data_page("t", examine({"all": _rows()}))
+
+
 class _Checker(html.parser.HTMLParser):
     def __init__(self):
         super().__init__()

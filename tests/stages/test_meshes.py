@@ -45,6 +45,7 @@ CHANGES = {
     "schedule": Schedule(num_steps=3, save_every=2),
     "optimizer": OptimizerConfig(learning_rate=1e-3, schedule="constant"),
 }
+HEADS = dataclasses.replace(REWARD, objectives=("preferred", "brief"))
 PROCESS = process_reward.Config(**SHARED, step_mark=".")
 # Two passes, so that the second one's importance ratios are not all 1.
 ROLLOUTS = SHARED | CHANGES | {"batch_size": 32, "group_size": 4, "num_epochs": 2}
@@ -90,12 +91,19 @@ def rows_of(stage, data):
         split = inputs.Split(train=[*map(judged, split.train)], held_out=[*map(judged, split.held_out)])
         encode = functools.partial(batches.encode_process_steps, step_mark=PROCESS.step_mark)
         return split, encode, batches.steps_batches
-    return inputs.load_preferences(data), batches.encode_preferences, batches.preference_batches
+    names = HEADS.objectives if stage == "reward_heads" else ()
+    return inputs.load_preferences(data, names), batches.encode_preferences, batches.preference_batches
 
 
 def fixed_rows(stage, ladder, workdir, layout, stop=None):
     """Three steps of a stage on fixed rows, as the stage takes them, without its evaluation (compiled apart)."""
-    config = {"sft": SFT, "reward_model": REWARD, "dpo": DPO, "process_reward": PROCESS}[stage]
+    config = {
+        "sft": SFT,
+        "reward_model": REWARD,
+        "reward_heads": HEADS,
+        "dpo": DPO,
+        "process_reward": PROCESS,
+    }[stage]
     config = dataclasses.replace(config, num_microbatches=layout[2], **CHANGES)
     run = open_run(workdir, stage, config, inputs={}, **how(layout, stop))
     model = load_model(ladder.sft, run)
@@ -103,6 +111,7 @@ def fixed_rows(stage, ladder, workdir, layout, stop=None):
     objective = {
         "sft": sft.make_objective,
         "reward_model": reward_objectives.make_objective,
+        "reward_heads": lambda model: HEADS.form(model).objective,
         "process_reward": process_reward.make_objective,
         "dpo": functools.partial(make_pair_objective, loss=DPO.loss),
     }[stage](model.config)
@@ -110,6 +119,9 @@ def fixed_rows(stage, ladder, workdir, layout, stop=None):
         frozen = {"reference": jax.tree.map(jnp.copy, params)}
     if stage in ("reward_model", "process_reward"):
         params = params | {"head": heads.init_scalar_head(model.config, run.key(0, Purpose.INIT))}
+        params = jax.device_put(params, sharding.parameter_sharding(run.mesh, model.config, params))
+    if stage == "reward_heads":
+        params = HEADS.form(model.config).init([params["decoder"]], run.key(0, Purpose.INIT))
         params = jax.device_put(params, sharding.parameter_sharding(run.mesh, model.config, params))
     split, encode, cut = rows_of(stage, config.data)
     rows, _ = supervised.encode_split(run, config.data, model, split, encode)
@@ -163,13 +175,19 @@ def distance(expected, found):
 
 
 @pytest.mark.parametrize(
-    "stage", ["sft", "reward_model", "dpo", pytest.param("process_reward", marks=pytest.mark.slow)]
+    "stage",
+    [
+        "sft",
+        "reward_model",
+        "dpo",
+        *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("reward_heads", "process_reward")),
+    ],
 )
 def test_three_steps_on_fixed_rows_are_the_same_everywhere(stage, ladder, tmp_path):
     expected, *others = (
         fixed_rows(stage, ladder, tmp_path / str(number), layout) for number, layout in enumerate(LAYOUTS)
     )
-    if stage == "reward_model":
+    if stage in ("reward_model", "reward_heads"):
         # A difference of scores does not see the head's bias: its gradient is the rounding of 0, which Adam, dividing
         # by that same rounding, makes a step of 1e-6. So beside a score's unit, not beside itself.
         biases = [params["head"].pop("bias") for params in (expected, *others)]
