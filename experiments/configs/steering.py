@@ -7,11 +7,13 @@ import ml_collections
 
 from experiments.ladder import own_fields
 from experiments.launch import to_config_dict
-from rlhf_jax.stages import grpo, online_dpo, ppo, steering
+from rlhf_jax.stages import dpo, grpo, online_dpo, ppo, steering
 from rlhf_jax.stages.inputs import DataConfig
 from rlhf_jax.stages.preference_objectives import PreferenceLoss
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig
+
+DPO_STEPS = {"dpo_10": 10, "dpo_40": 40, "dpo_160": 160}
 
 
 def get_config():
@@ -40,5 +42,16 @@ def get_config():
     )
     config.grpo = own_fields(grpo.Config(**shared, beta=0.1, group_size=8, num_epochs=2, num_minibatches=2))
     config.online_dpo = own_fields(online_dpo.Config(**shared, group_size=4, loss=PreferenceLoss(beta=0.3)))
+    config.pairs = own_fields(steering.PairsConfig())
+    # Each length of training is a point on the picture: offline DPO samples nothing on its way.
+    for name, steps in DPO_STEPS.items():
+        config[name] = own_fields(
+            dpo.Config(
+                optimizer=optimizer,
+                schedule=Schedule(num_steps=steps, save_every=steps),
+                batch_size=32,
+                loss=PreferenceLoss(beta=0.3),
+            )
+        )
     config.measure = own_fields(steering.Config())
     return config

@@ -17,19 +17,21 @@ import numpy as np
 
 from rlhf_jax import storage
 from rlhf_jax.data import batches
-from rlhf_jax.errors import check_range
+from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.evaluation import policies
+from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.parallel import sharding
+from rlhf_jax.rewards.sentiment import sentiment_reward
 from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.stages import inputs, prompts, rewards, rollouts
 from rlhf_jax.stages.handoffs import check_same_family, load_model
 from rlhf_jax.stages.run_directory import Purpose, open_run
+from rlhf_jax.storage import Path
 from rlhf_jax.training import interrupt
 from rlhf_jax.training.forward import response_log_probs
 from rlhf_jax.training.interrupt import StopRequest
 
-SUMMARY, SAMPLES = "summary.json", "samples.json"
+SUMMARY, SAMPLES, PAIRS = "summary.json", "samples.json", "pairs.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,91 @@ class Config:
     def __post_init__(self) -> None:
         check_range(self, "num_prompts", "responses_per_prompt", "batch_size", at_least=1)
         check_range(self, "num_shown", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """Pairs for offline DPO: ``responses_per_prompt`` of the first model to each training prompt, an even number, the
+    happiest with the least happy, the second with the last but one, and so on; equal ones make no pair."""
+
+    seed: int = 0
+    data: inputs.DataConfig = dataclasses.field(default_factory=inputs.DataConfig)
+    responses_per_prompt: int = 16
+    batch_size: int = 64
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "responses_per_prompt", "batch_size", at_least=1)
+        if self.responses_per_prompt % 2:
+            raise InputError(
+                f"config.responses_per_prompt is {self.responses_per_prompt}, which does not divide into pairs; give "
+                "an even number"
+            )
+
+
+def write_pairs(
+    config: PairsConfig,
+    workdir: str | os.PathLike,
+    *,
+    first_from: str,
+    mesh: jax.sharding.Mesh | None = None,
+    stop: StopRequest,
+) -> Path:
+    """What the first model says, labelled by sentiment: ``pairs.jsonl``, whose path it returns; left alone if there.
+
+    Rows have prompt, chosen and rejected, as texts. Arguments: see `run`.
+
+    Raises:
+      InputError: no two responses to any prompt differ in sentiment.
+      Interrupted: stopped on request; nothing half-done is kept.
+    """
+    where = {"first_from": first_from}
+    run_ = open_run(workdir, "steering_pairs", config, inputs=where, parallelism="jit", mesh=mesh, stop=stop)
+    path = run_.workdir / PAIRS
+    if path.exists():
+        return path
+    meshes.check_rows(run_.mesh, config.batch_size, "config.batch_size")
+    first, count = load_model(first_from, run_), config.responses_per_prompt
+    asked, _ = prompts.encode_prompts(run_, config.data, first, num_eval_prompts=1, responses_per_prompt=1)
+    rollout = rollouts.make_rollout(
+        run_,
+        first,
+        SamplingConfig(max_new_tokens=config.data.response_length, temperature=config.temperature),
+    )
+    params, key = {"decoder": first.params["decoder"]}, run_.key(config.seed, Purpose.ROLLOUT)
+    texts: list[str] = []
+    of_first = rollouts.answers(
+        rollout, params, prompts.in_rounds(asked, count), key, batch_size=config.batch_size
+    )
+    for said, _, real in of_first:
+        interrupt.check(stop, "pairs are kept once all are there")
+        batch = policies.response_texts(first.tokenizer, hosts.fetch(said))
+        texts += [text for text, is_real in zip(batch, real, strict=True) if is_real]
+    rows = [
+        {"prompt": encoded.row.prompt, "chosen": chosen, "rejected": rejected}
+        for place, encoded in enumerate(asked.rows)
+        for chosen, rejected in pairs_by_sentiment(texts[place :: len(asked)])
+    ]
+    if not rows:
+        raise InputError(
+            f"{first.origin} says nothing to any of {len(asked)} prompts that is happier than what else it says; give "
+            "more responses_per_prompt, or other prompts"
+        )
+    storage.replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pairs_by_sentiment(texts: Sequence[str]) -> list[tuple[str, str]]:
+    """(chosen, rejected) of responses to one prompt, the happiest with the least happy first; none of equal ones.
+
+    Responses that say nothing are left out, as no file of preferences can hold them.
+    """
+    texts = [text for text in texts if text.strip()]
+    scores = sentiment_reward(texts)
+    order = np.argsort(-scores, kind="stable")
+    half = len(texts) // 2
+    sides = zip(order[:half], order[::-1][:half], strict=True)
+    return [(texts[best], texts[worst]) for best, worst in sides if scores[best] > scores[worst]]
 
 
 def run(

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data.prompts_of_stories import beginnings
+from rlhf_jax.errors import InputError
 from rlhf_jax.models import decoder
 from rlhf_jax.rewards.sentiment import NEGATIVE, POSITIVE, sentiment_reward
-from rlhf_jax.stages import grpo, steering
+from rlhf_jax.stages import dpo, grpo, steering
 from rlhf_jax.stages.handoffs import load_model
 from rlhf_jax.stages.run_directory import open_run
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig
 
-from .conftest import SFT, SHARED, StopAfter
+from .conftest import DPO, SFT, SHARED, StopAfter
 
 STOP = StopRequest()
 CONFIG = steering.Config(data=SFT.data, num_prompts=8, responses_per_prompt=2, batch_size=16, num_shown=2)
@@ -105,3 +106,55 @@ def test_beginnings_of_stories_say_nothing_of_moods():
     assert len(set(texts)) == len(texts) == 96 and not any("{" in text for text in texts)
     words = {word.strip(".,").lower() for text in texts for word in text.split()}
     assert not words & (POSITIVE | NEGATIVE)
+
+
+def test_pairs_are_the_happiest_with_the_least_happy():
+    """By hand: of sentiments 2, 0, 1, 0, -1, 0 the pairs are 2 and -1, 1 and 0; 0 and 0 make none."""
+    texts = [
+        "happy good and so",
+        "it is so",
+        "happy it is so far away in the",
+        "a house",
+        "sad " * 9,
+        "the end",
+    ]
+    scores = sentiment_reward(texts)
+    assert (
+        list(np.argsort(-scores, kind="stable")) == [0, 2, 1, 3, 5, 4] and scores[1] == scores[3] == scores[5]
+    )
+    assert steering.pairs_by_sentiment(texts) == [(texts[0], texts[4]), (texts[2], texts[5])]
+    assert steering.pairs_by_sentiment(["", *texts, " "]) == steering.pairs_by_sentiment(texts)
+    assert steering.pairs_by_sentiment(["a", "b"]) == [] == steering.pairs_by_sentiment(["", ""])
+
+
+def test_dpo_learns_from_pairs_of_the_first_models_own(ladder, tmp_path):
+    config = steering.PairsConfig(data=SFT.data, responses_per_prompt=4, batch_size=32)
+    path = steering.write_pairs(config, tmp_path / "pairs", first_from=ladder.sft, stop=STOP)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    chosen, rejected = (sentiment_reward([row[name] for row in rows]) for name in ("chosen", "rejected"))
+    assert (chosen > rejected).all() and len(rows) > 16
+    prompts = {row.prompt for row in steering.inputs.load_prompts(SFT.data).train}
+    assert {row["prompt"] for row in rows} <= prompts
+    written = path.stat().st_mtime_ns
+    assert steering.write_pairs(config, tmp_path / "pairs", first_from=ladder.sft, stop=STOP) == path
+    assert path.stat().st_mtime_ns == written
+    data = dataclasses.replace(SFT.data, path=str(path), truncation="keep_start")
+    trained = dataclasses.replace(DPO, data=data, schedule=Schedule(num_steps=20))
+    dpo.run(trained, tmp_path / "dpo", init_from=ladder.sft, stop=STOP)
+    happy = {"happy": str(tmp_path / "dpo")}
+    found = steering.run(CONFIG, tmp_path / "m", first_from=ladder.sft, policies_from=happy, stop=STOP)
+    assert found["happy"]["sentiment"] > found["first"]["sentiment"] + 2 * found["first"]["sentiment_error"]
+
+
+def test_pairs_that_cannot_be_are_refused(ladder, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="responses_per_prompt is 3, which does not divide into pairs"):
+        steering.PairsConfig(responses_per_prompt=3)
+    with pytest.raises(Interrupted, match="pairs are kept once all are there"):
+        steering.write_pairs(
+            steering.PairsConfig(data=SFT.data), tmp_path / "a", first_from=ladder.sft, stop=StopAfter(0)
+        )
+    assert not (tmp_path / "a" / steering.PAIRS).exists()
+    monkeypatch.setattr(steering, "sentiment_reward", lambda texts: np.zeros(len(texts)))
+    config = steering.PairsConfig(data=SFT.data, responses_per_prompt=2)
+    with pytest.raises(InputError, match="says nothing to any of 64 prompts that is happier"):
+        steering.write_pairs(config, tmp_path / "b", first_from=ladder.sft, stop=STOP)
