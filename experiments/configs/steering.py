@@ -13,7 +13,7 @@ from rlhf_jax.stages.preference_objectives import PreferenceLoss
 from rlhf_jax.training.loop import Schedule
 from rlhf_jax.training.optimizer import OptimizerConfig
 
-DPO_STEPS = {"dpo_10": 10, "dpo_40": 40, "dpo_160": 160}
+DPO_STEPS = {"dpo_10": 10, "dpo_25": 25, "dpo_70": 70}
 
 
 def get_config():
@@ -42,7 +42,7 @@ def get_config():
     )
     config.grpo = own_fields(grpo.Config(**shared, beta=0.1, group_size=8, num_epochs=2, num_minibatches=2))
     config.online_dpo = own_fields(online_dpo.Config(**shared, group_size=4, loss=PreferenceLoss(beta=0.3)))
-    config.pairs = own_fields(steering.PairsConfig())
+    config.pairs = own_fields(steering.PairsConfig(responses_per_prompt=64))
     # Each length of training is a point on the picture: offline DPO samples nothing on its way.
     for name, steps in DPO_STEPS.items():
         config[name] = own_fields(
