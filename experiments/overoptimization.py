@@ -3,11 +3,12 @@
     python -m experiments.quickstart --workdir=runs/quickstart
     python -m experiments.overoptimization --quickstart=runs/quickstart --workdir=runs/overoptimization
 
-Trains proxies on fewer pairs than the quickstart's reward model, a small one, and an ensemble; samples 1,024 responses
-a prompt from the SFT policy and scores them with every proxy, with the labellers' own taste and with gold; optimises a
-policy against every proxy by PPO; fits the curves of Gao, Schulman & Hilton (2023). The quickstart's own reward model
-("pairs_49k") and PPO runs join in. Leaves overoptimization.json, overoptimization.html and a PNG for each picture. Run
-again, it resumes; fields: --config.<part>.*. What came out: docs/overoptimization.md.
+Trains proxies on fewer pairs than the quickstart's reward model, a small one, and two ensembles, from one trunk and
+from four; samples 1,024 responses a prompt from the SFT policy and scores them with every proxy, with the labellers'
+own taste and with gold; optimises a policy against every proxy by PPO; fits the curves of Gao, Schulman & Hilton
+(2023). The quickstart's own reward model ("pairs_49k") and PPO runs join in. Leaves overoptimization.json,
+overoptimization.html and a PNG for each picture. Run again, it resumes; fields: --config.<part>.*. What came out:
+docs/overoptimization.md.
 """
 
 from __future__ import annotations

@@ -53,7 +53,18 @@ FULL = "pairs_49k"
 def train_proxies(
     config: Mapping[str, Any], workdir: pathlib.Path, start: pathlib.Path, how: Mapping[str, Any]
 ) -> dict[str, pathlib.Path]:
-    """Every proxy of the config, trained; name -> its run."""
+    """Every proxy of the config, trained; name -> its run.
+
+    Raises:
+      InputError: trunks that a proxy could not start from, before any training; or what a stage refuses.
+    """
+    for name, made in config["proxies"].items():
+        members = made["reward_model"]["members"]
+        if made["trunks"] not in ((1,) if made["narrow"] else (1, members)):
+            raise InputError(
+                f"config.proxies.{name}.trunks is {made['trunks']}, with {members} members and narrow={made['narrow']}"
+                "; give 1, or for an ensemble of the usual width one for each member"
+            )
     narrow = workdir / "sft_narrow"
     if any(made["narrow"] for made in config["proxies"].values()):
         sft.run(built(sft.Config, config, config["narrow"], "config.narrow"), narrow, **how)

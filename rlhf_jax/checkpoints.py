@@ -394,7 +394,11 @@ def load_handoff(workdir: str | os.PathLike) -> tuple[Handoff, Path]:
 
 
 def facts_of(workdir: str | os.PathLike) -> dict[str, Any]:
-    """The facts of a finished run's hand-off, by themselves; see ``load_handoff``, which looks at the rest too."""
+    """The facts of a finished run's hand-off, by themselves; ``load_handoff`` looks at the rest too.
+
+    Raises:
+      InputError: its description cannot be read, or is none.
+    """
     return _read_handoff(handoff_path(workdir)).facts
 
 

@@ -234,6 +234,7 @@ def test_a_bucket_without_access_is_said_in_a_sentence(bucket):
     refused = r": Forbidden: .*may not use .*; give this account access to it, or mend the disk, then run"
     for read, place in (
         (lambda: open_it(init_from=start), start),
+        (lambda: open_it(reward_from=f"{start}:brief"), start),
         (lambda: checkpoints.load_handoff(start), f"{start}/handoff"),
         (lambda: checkpoints.is_finished(start), f"{start}/handoff/handoff.json"),
         (lambda: handoffs.load_handoff_model(start), start),

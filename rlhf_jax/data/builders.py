@@ -261,8 +261,10 @@ def _shared(example: Mapping[str, Any]) -> dict[str, Any]:
 def _decode_preference(example: Mapping[str, Any]) -> Preference:
     votes = tuple(int(count) for count in example["votes"]) or None
     numbers = {name: _none(example[name]) for name in ("probability", "chosen_gold", "rejected_gold")}
-    names, likely = (example["labels"][name] for name in _LABEL)
-    labels = tuple((name.decode(), float(value)) for name, value in zip(names, likely, strict=True))
+    # A set that was prepared before pairs had them has none.
+    given = example.get("labels", dict.fromkeys(_LABEL, ()))
+    sides = zip(*(given[name] for name in _LABEL), strict=True)
+    labels = tuple((name.decode(), float(likely)) for name, likely in sides)
     return Preference(**_shared(example), **numbers, votes=votes, labels=labels)
 
 

@@ -133,14 +133,13 @@ def probability(value: Any, name: str) -> float:
 
 
 def labels(record: Mapping[str, Any], name: str) -> tuple[tuple[str, float], ...]:
-    """(objective, number in [0, 1]) of each entry of an object that may be missing; null is left out."""
+    """(objective, number in [0, 1]) of each entry of an object; null is left out, and so is a field of another kind,
+    which means something else."""
     given = record.get(name)
-    if given is None:
-        return ()
     if not isinstance(given, dict):
-        raise BadRow(f"has {kind_of(given)} in '{name}' where an object of numbers by objective is expected")
+        return ()
     return tuple(
-        (checked(objective, f"a name in {name}"), probability(value, f"{name}.{objective}"))
+        (objective, probability(value, f"{name}.{objective}"))
         for objective, value in given.items()
         if value is not None
     )

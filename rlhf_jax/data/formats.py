@@ -133,19 +133,25 @@ def _judged_twice(record: dict[str, Any]) -> dict[str, Any]:
     """A pair of PKU-SafeRLHF (Ji et al. 2023), which says of two responses which is better and which is safer."""
     better = _place(record, "better_response_id")
     safer = _place(record, "safer_response_id") if record.get("safer_response_id") is not None else None
+    responses = [fields.response(record, name) for name in ("response_0", "response_1")]
+    if responses[0] == responses[1]:
+        raise BadRow("has 'response_0' equal to 'response_1', so that neither can be preferred")
+    own = record["labels"] if isinstance(record.get("labels"), dict) else {}
+    judged = {"better": 1, "safer": None if safer is None else int(safer == better)}
     return {
         **record,
-        "chosen": fields.value_of(record, f"response_{better}"),
-        "rejected": fields.value_of(record, f"response_{1 - better}"),
-        "labels": {"better": 1, "safer": None if safer is None else int(safer == better)},
+        "chosen": responses[better],
+        "rejected": responses[1 - better],
+        "labels": {**own, **judged},
     }
 
 
 def _place(record: dict[str, Any], name: str) -> int:
-    place = fields.count(record, name)
-    if place > 1:
-        raise BadRow(f"has {place} in '{name}' where 0 or 1 is expected")
-    return place
+    place = fields.value_of(record, name)
+    if isinstance(place, bool) or place not in (0, 1):
+        shown = repr(place) if isinstance(place, int | float) else fields.kind_of(place)
+        raise BadRow(f"has {shown} in '{name}' where 0 or 1 is expected")
+    return int(place)
 
 
 def _differ(chosen: Any, rejected: Any, how: str) -> None:

@@ -30,7 +30,7 @@ from rlhf_jax.errors import InputError
 
 MANIFEST = "prepared.json"
 GROUPS = "groups.npy"
-FORMAT = 2
+FORMAT = 1
 _ROWS_A_SHARD = 100_000
 # TFDS writes its description anew each time it is given rows.
 _ROWS_A_WRITE = 1000

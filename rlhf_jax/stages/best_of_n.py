@@ -21,7 +21,7 @@ from rlhf_jax.evaluation import policies
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.stages import inputs, prompts, rewards, rollouts
-from rlhf_jax.stages.handoffs import check_same_family, check_scores, load_model
+from rlhf_jax.stages.handoffs import check_same_family, check_scores, load_model, load_start
 from rlhf_jax.stages.run_directory import Purpose, open_run
 from rlhf_jax.training import interrupt
 from rlhf_jax.training.interrupt import StopRequest
@@ -89,7 +89,7 @@ def run(
         with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
             return dict(found)
     meshes.check_rows(run_.mesh, config.batch_size, "config.batch_size")
-    model = load_model(policy_from, run_)
+    model = load_start(policy_from, run_)
     if config.data.path or config.data.embedded != "reviews":
         raise InputError(
             "--config.data gives rows whose gold reward and labellers nobody knows; leave its path empty, and "

@@ -21,7 +21,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import adapters, inputs
-from rlhf_jax.stages.handoffs import leave_handoff, load_model
+from rlhf_jax.stages.handoffs import leave_handoff, load_start
 from rlhf_jax.stages.preference_objectives import (
     PreferenceLoss,
     make_pair_objective,
@@ -118,7 +118,7 @@ def run(
     )
     if run_.finished:
         return
-    model = load_model(init_from, run_)
+    model = load_start(init_from, run_)
     split = inputs.load_preferences(config.data)
     train_rows, held_out = encode_split(run_, config.data, model, split, batches.encode_preferences)
 

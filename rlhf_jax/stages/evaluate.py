@@ -16,7 +16,7 @@ from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.stages import inputs, prompts, rewards
-from rlhf_jax.stages.handoffs import check_same_family, check_scores, load_model
+from rlhf_jax.stages.handoffs import check_same_family, check_scores, load_model, load_start
 from rlhf_jax.stages.run_directory import Purpose, open_run
 from rlhf_jax.training import interrupt
 from rlhf_jax.training.interrupt import StopRequest
@@ -72,7 +72,7 @@ def run(
     where = {"reference_from": reference_from, "reward_from": reward_from, **policies_from}
     run_ = open_run(workdir, "evaluate", config, inputs=where, parallelism="jit", mesh=mesh, stop=stop)
     meshes.check_rows(run_.mesh, config.batch_size, "config.batch_size")
-    reference, reward = load_model(reference_from, run_), load_model(reward_from, run_)
+    reference, reward = load_start(reference_from, run_), load_model(reward_from, run_)
     check_same_family(reference, reward)
     check_scores(reward)
     encoded = prompts.in_rounds(
@@ -95,7 +95,7 @@ def run(
     found: dict[str, Sequence[policies.Sample]] = {}
     for name, path in {"sft": reference_from, **policies_from}.items():
         interrupt.check(stop, "an evaluation keeps nothing half-done")
-        model = load_model(path, run_)
+        model = load_start(path, run_)
         check_same_family(reference, model, architecture=True)
         # The same key for every policy: the comparison shares its noise.
         found[name] = sample({"decoder": model.params["decoder"]}, encoded, key)

@@ -81,6 +81,21 @@ def load_model(path: str, run: Run) -> Model:
     return Model(config=config, params=params, tokenizer=tokenizer, origin=str(path), facts={})
 
 
+def load_start(path: str, run: Run) -> Model:
+    """What a stage starts from, or samples: `load_model`, with one decoder.
+
+    Raises:
+      InputError: see ``load_model``; or an ensemble.
+    """
+    model = load_model(path, run)
+    if "ensemble_offsets" in model.facts:
+        raise InputError(
+            f"{path} is an ensemble of {len(model.facts['ensemble_offsets'])} reward models, which has no one decoder "
+            "to start from; give the run that its members started from"
+        )
+    return model
+
+
 def load_handoff_model(path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None) -> Model:
     """The model that a finished run left, its params in their place on ``mesh`` (None: the default device).
 
@@ -165,8 +180,8 @@ def of_objective(model: Model, objective: str) -> Model:
     """
     if not objective:
         return model
-    place = place_of(model, objective)
-    head = jax.tree.map(lambda x: x[place], model.params["head"])
+    number = place_of(model, objective)
+    head = jax.tree.map(lambda x: x[number], model.params["head"])
     facts = {
         name: value for name, value in model.facts.items() if name not in ("objectives", "reward_offsets")
     }
@@ -175,7 +190,7 @@ def of_objective(model: Model, objective: str) -> Model:
         params={**model.params, "head": head},
         adapter=None if model.adapter is None else {**model.adapter, "head": head},
         origin=f"{model.origin}:{objective}",
-        facts={**facts, "reward_offset": model.facts["reward_offsets"][place]},
+        facts={**facts, "reward_offset": model.facts["reward_offsets"][number]},
     )
 
 
@@ -187,7 +202,7 @@ def place_of(model: Model, objective: str) -> int:
     """
     objectives = model.facts.get("objectives", ())
     if objective not in objectives:
-        heads = f"heads for {', '.join(objectives)}" if objectives else "one head, without a name"
+        heads = f"heads for {', '.join(objectives)}" if objectives else "no heads with names"
         raise InputError(
             f"there is no {model.origin}:{objective}: the model of {model.origin} has {heads}; give one that it has, "
             "or leave the name out"

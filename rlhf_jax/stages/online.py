@@ -22,7 +22,7 @@ from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.stages import adapters, data_reports, evaluations, prompts, rewards, rollouts, several_rewards
-from rlhf_jax.stages.handoffs import Model, leave_handoff, load_model
+from rlhf_jax.stages.handoffs import Model, leave_handoff, load_start
 from rlhf_jax.stages.run_directory import Progress, Purpose, Run, open_run
 from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.loop import fit
@@ -385,7 +385,7 @@ def run(
     run_ = open_run(workdir, stage, config, inputs=where, parallelism=parallelism, mesh=mesh, stop=stop)
     if run_.finished:
         return
-    model = load_model(init_from, run_)
+    model = load_start(init_from, run_)
     encoded, held_out = prompts.encode_prompts(
         run_,
         config.data,

@@ -38,7 +38,7 @@ from rlhf_jax.stages import (
     rewards,
     several_rewards,
 )
-from rlhf_jax.stages.handoffs import Model, leave_handoff, load_model
+from rlhf_jax.stages.handoffs import Model, leave_handoff, load_start
 from rlhf_jax.stages.run_directory import Run, open_run
 from rlhf_jax.training.forward import response_log_probs, response_values
 from rlhf_jax.training.interrupt import StopRequest
@@ -267,7 +267,7 @@ def run(
     run_ = open_run(workdir, "ppo", config, inputs=where, parallelism=parallelism, mesh=mesh, stop=stop)
     if run_.finished:
         return
-    model = load_model(init_from, run_)
+    model = load_start(init_from, run_)
     encoded, held_out = prompts.encode_prompts(
         run_,
         config.data,

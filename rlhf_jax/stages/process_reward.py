@@ -25,7 +25,7 @@ from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import process_model
 from rlhf_jax.stages import adapters, inputs
-from rlhf_jax.stages.handoffs import leave_handoff, load_model
+from rlhf_jax.stages.handoffs import leave_handoff, load_start
 from rlhf_jax.stages.run_directory import Purpose, Run, open_run
 from rlhf_jax.stages.supervised import encode_split, train
 from rlhf_jax.training.interrupt import StopRequest
@@ -115,7 +115,7 @@ def run(
     )
     if run_.finished:
         return
-    model = load_model(init_from, run_)
+    model = load_start(init_from, run_)
 
     def encode(rows, tokenizer, **widths):
         return batches.encode_process_steps(rows, tokenizer, step_mark=config.step_mark, **widths)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from rlhf_jax.data import mixtures
 from rlhf_jax.data.encoded import EncodedPreference
 from rlhf_jax.data.rows import Preference, label_of, swapped
 from rlhf_jax.errors import InputError
@@ -22,7 +23,12 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.rewards import ensembles, reward_model
 from rlhf_jax.stages import reward_objectives
 from rlhf_jax.stages.reward_measures import PairScores, Score, View, agreement
+from rlhf_jax.training import interrupt
+from rlhf_jax.training.interrupt import StopRequest
 from rlhf_jax.training.step import Objective
+
+# Rows of a prepared set that are read together.
+_CHUNK = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,13 +125,22 @@ def _views_of_heads(objectives: Sequence[str], scores: PairScores, rows: Sequenc
             rejected=np.where(is_chosen, rejected, chosen)[kept],
             extra_tokens=np.where(is_chosen, scores.extra_tokens, -scores.extra_tokens)[kept],
         )
-        sides = [row if is_first else swapped(row) for row, is_first in zip(rows, is_chosen, strict=True)]
+        # How likely the row's own label was says nothing of this one.
+        unlabelled = (dataclasses.replace(row, probability=None) for row in rows)
+        sides = [
+            row if is_first else swapped(row) for row, is_first in zip(unlabelled, is_chosen, strict=True)
+        ]
         views.append((name, own, [row for row, keep in zip(sides, kept, strict=True) if keep]))
     return views
 
 
 def first_decided(
-    objectives: Sequence[str], rows: Iterable[EncodedPreference], count: int, *, which: str
+    objectives: Sequence[str],
+    rows: Sequence[EncodedPreference],
+    count: int,
+    *,
+    which: str,
+    stop: StopRequest,
 ) -> tuple[EncodedPreference, ...]:
     """The first rows of which each objective decides ``count``, or as many as there are.
 
@@ -134,23 +149,28 @@ def first_decided(
       rows: encoded pairs, read until there are enough.
       count: at least 1.
       which: what the rows are there for, for error messages.
+      stop: looked at while rows are read.
 
     Raises:
       InputError: an objective that decides none.
+      Interrupted: stopped on request.
     """
     missing, kept, seen = dict.fromkeys(objectives, count), [], {}
-    for row in rows:
-        own = [name for name in objectives if missing[name] and _decides(name, row.row)]
-        missing |= {name: missing[name] - 1 for name in own}
-        kept += [row] if own else []
-        seen |= dict(row.row.labels)
+    for start in range(0, len(rows), _CHUNK):
+        interrupt.check(stop, "nothing was trained yet")
+        for row in mixtures.fetch(rows, np.arange(start, min(start + _CHUNK, len(rows)))):
+            own = [name for name in objectives if missing[name] and _decides(name, row.row)]
+            missing |= {name: missing[name] - 1 for name in own}
+            kept += [row] if own else []
+            seen |= dict(row.row.labels)
         if not any(missing.values()):
             break
     for name in (name for name in objectives if missing[name] == count):
-        labels = f"labels by {', '.join(map(repr, seen))}" if seen else "no labels by objectives"
+        ties = "all of them ties" if name in seen else "none by that"
+        labels = f"labels by {', '.join(map(repr, seen))}, {ties}" if seen else "no labels by objectives"
         raise InputError(
-            f"no row {which} says which of its responses is better by {name!r}, and they have {labels}; give "
-            "--config.objectives that they are judged by, or rows with such 'labels'"
+            f"no row {which} says which of its responses is better by {name!r} (they have {labels}); give "
+            "--config.objectives that they are judged by, rows with such 'labels', or another --config.data.split_seed"
         )
     return tuple(kept)
 

@@ -1,4 +1,4 @@
-"""What a reward model is measured by: its rewards of both sides of pairs. Imports data, evaluation, run_directory.
+"""What a reward model is measured by: its rewards of both sides of pairs. Imports all below, and run_directory.
 
 A tie is half right wherever something is counted.
 """

@@ -20,12 +20,13 @@ from collections.abc import Mapping
 import jax
 
 from rlhf_jax.data import batches, rankings
+from rlhf_jax.data.rows import Preference
 from rlhf_jax.errors import InputError, check_range
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
 from rlhf_jax.stages import adapters, inputs, reward_forms, reward_measures, reward_objectives
-from rlhf_jax.stages.handoffs import check_same_family, leave_handoff, load_model
+from rlhf_jax.stages.handoffs import check_same_family, leave_handoff, load_start
 from rlhf_jax.stages.run_directory import Purpose, inputs_of, open_run, runs_of
 from rlhf_jax.stages.supervised import encode_split, train
 from rlhf_jax.training.interrupt import StopRequest
@@ -42,9 +43,9 @@ class Config:
 
     kind: "pairs"; "all_pairs", every pair of a prompt's ranked responses in one row, averaged per prompt;
     "plackett_luce", the likelihood of the whole ranking. The latter two take rankings, of up to ``data.ranking_size``
-    responses, and are judged by held-out pairs. members: reward models trained side by side from the one start, each on
-    ``batch_size`` pairs or rankings a step of its own. Gradients are clipped together. lora: whether an adapter and the
-    head are trained. margin, label_smoothing, centering: of "pairs", see ``losses.bradley_terry_loss``.
+    responses, and are judged by held-out pairs. members: reward models trained side by side, each on ``batch_size``
+    pairs or rankings a step of its own. Gradients are clipped together. lora: whether an adapter and the head are
+    trained. margin, label_smoothing, centering: of "pairs", see ``losses.bradley_terry_loss``.
     length_penalty: what the squared correlation of rewards with lengths, among responses to one prompt, is multiplied
     by; see ``losses.length_penalty_loss``. Such a step has a second forward pass. batches: how rows become batches.
     objectives: names of labels that rows have ("preferred" and "brief" of the embedded reviews), each of which gets a
@@ -102,9 +103,10 @@ class Config:
             )
         for name in self.objectives:
             # Names of heads stand behind directories and commas on a command line, and in names of metrics.
-            if not name or set(name) & set(":,/ "):
+            if not name or set(name) & set(":,/") or name.split() != [name]:
                 raise InputError(
-                    f"config.objectives has {name!r}: give names without colon, comma, slash or blank, as labels have"
+                    f"config.objectives has {name!r}, which no command line could name: give labels without colon, "
+                    "comma, slash or blank"
                 )
         of_one_head = {
             "kind": self.kind != "pairs",
@@ -163,10 +165,10 @@ def run(
         return
     if len(origins) not in (1, config.members):
         raise InputError(
-            f"--init_from names {len(origins)} trunks, and config.members is {config.members}; give one, from which "
-            f"all members start, or --config.members={len(origins)}"
+            f"--init_from names {len(origins)} trunks, and config.members is {config.members}; give one trunk, or one "
+            "for each member"
         )
-    model, *others = [load_model(origin, run_) for origin in origins]
+    model, *others = [load_start(origin, run_) for origin in origins]
     for other in others:
         check_same_family(model, other, architecture=True)
     is_ranked, encode = config.kind != "pairs", batches.encode_preferences
@@ -179,17 +181,18 @@ def run(
         run_, config.data, model, split, encode, encode_held_out=batches.encode_preferences
     )
 
-    reference = _reference(config, train_rows, held_out)
+    reference = _reference(config, train_rows, held_out, stop)
     form = config.form(model.config)
     decoders = [start.params["decoder"] for start in (model, *others)]
     params = form.init(decoders, run_.key(config.seed, Purpose.INIT))
     params = meshes.put(params, sharding.parameter_sharding(run_.mesh, model.config, params))
     of = {"batch_size": config.batch_size, "run": run_, "score_rows": form.score}
     score_held_out = reward_measures.make_pair_scorer(model.config, held_out, **of)
-    judged = [encoded.row for encoded in held_out.rows]
+    # What is measured on the way needs to know the rows where each head has its own side of them.
+    sides = rows_of(held_out) if config.objectives else ()
 
     def evaluate(params) -> Mapping[str, float]:
-        return reward_measures.measure(form.views(score_held_out(params), judged))
+        return reward_measures.measure(form.views(score_held_out(params), sides))
 
     trained = train(
         run_,
@@ -211,26 +214,34 @@ def run(
         else None,
     )
     score_reference = reward_measures.make_pair_scorer(model.config, reference, **of)
-    facts = form.zero(score_reference(trained.params), [encoded.row for encoded in reference.rows])
+    facts = form.zero(score_reference(trained.params), rows_of(reference))
     scores = score_held_out(trained.params)
-    views = form.views(scores, judged)
+    views = form.views(scores, rows_of(held_out))
     facts |= form.more(scores, facts) | reward_measures.measure(views) | reward_measures.compare(views)
     reward_measures.write_margins(views[0], run_)
     leave_handoff(run_, config, model, trained, made_from=origins, facts=facts)
 
 
-def _reference(config: Config, train_rows: batches.Encoded, held_out: batches.Encoded) -> batches.Encoded:
+def rows_of(encoded: batches.Encoded) -> list[Preference]:
+    """The rows that encoded pairs were made from."""
+    return [pair.row for pair in encoded.rows]
+
+
+def _reference(
+    config: Config, train_rows: batches.Encoded, held_out: batches.Encoded, stop: StopRequest
+) -> batches.Encoded:
     """The pairs whose better responses are where rewards have their zero.
 
     Raises:
       InputError: an objective that decides none of them, or no held-out pair.
+      Interrupted: stopped on request.
     """
     if config.kind != "pairs":
         return rankings.best_and_worst(train_rows, NUM_REFERENCE_RESPONSES)
-    rows = train_rows.rows[:NUM_REFERENCE_RESPONSES]
     if config.objectives:
-        reward_forms.first_decided(config.objectives, held_out.rows, 1, which="held out")
-        rows = reward_forms.first_decided(
-            config.objectives, train_rows.rows, NUM_REFERENCE_RESPONSES, which="to train on"
-        )
+        first = functools.partial(reward_forms.first_decided, config.objectives, stop=stop)
+        first(held_out.rows, 1, which="held out")
+        rows = first(train_rows.rows, NUM_REFERENCE_RESPONSES, which="to train on")
+    else:
+        rows = train_rows.rows[:NUM_REFERENCE_RESPONSES]
     return dataclasses.replace(train_rows, rows=rows)

@@ -100,11 +100,7 @@ class Reward:
 def model_reward(reward: Model, scoring: Scoring) -> Reward:
     """The frozen reward model of a run, or an ensemble, its scores shifted by the offset that the run stored."""
     if "ensemble_offsets" not in reward.facts:
-        if scoring.members != "mean":
-            raise InputError(
-                f"config.scoring.members is {scoring.members!r}, and --reward_from={reward.origin} is one reward "
-                "model; give an ensemble (experiments.reward_model --config.members=4), or leave it at 'mean'"
-            )
+        _check_members(reward, scoring)
         offset = float(reward.facts["reward_offset"])
         of_rows = policies.model_reward(reward.config, reward.params, offset)
         return Reward(of_rows=of_rows, model=reward)
@@ -128,6 +124,15 @@ def model_reward(reward: Model, scoring: Scoring) -> Reward:
         of_members=lambda rollout: of_members(reward.params, rollout),
         model=reward,
     )
+
+
+def _check_members(reward: Model, scoring: Scoring) -> None:
+    """Refuses a way to join members where there are none."""
+    if scoring.members != "mean":
+        raise InputError(
+            f"config.scoring.members is {scoring.members!r}, and --reward_from={reward.origin} is no ensemble; give "
+            "one (experiments.reward_model --config.members=4), or leave it at 'mean'"
+        )
 
 
 def first_member(reward: Model) -> tuple[Any, float]:
@@ -277,13 +282,28 @@ def _parts(config: Any, names: Sequence[str], run: Run, model: Model) -> list[Pa
         objectives = [split_objective(name)[1] for name in group]
         if objectives[0] and len(objectives) > 1:
             reward = _load(config, directory, run, model, several=True)
-            parts.append((heads_reward(reward, objectives), len(objectives)))
+            _check_members(reward, config.scoring)
+            parts.append((_once(heads_reward(reward, objectives)), len(objectives)))
             continue
         for objective in objectives:
             name = f"{directory}:{objective}" if objective else directory
             of_rows = model_reward(_load(config, name, run, model), config.scoring).of_rows
-            parts.append((lambda rollout, rows, of_rows=of_rows: of_rows(rollout, rows)[None], 1))
+            parts.append((_once(lambda rollout, rows, of_rows=of_rows: of_rows(rollout, rows)[None]), 1))
     return parts
+
+
+def _once(
+    score: Callable[[Rollout, Sequence[Any]], jax.Array],
+) -> Callable[[Rollout, Sequence[Any]], jax.Array]:
+    """``score`` that remembers its last answer: an evaluation asks for every reward of a rollout, and for their sum."""
+    last: list[Any] = [None, None]
+
+    def of_last(rollout: Rollout, rows: Sequence[Any]) -> jax.Array:
+        if last[0] is not rollout:
+            last[:] = rollout, score(rollout, rows)
+        return last[1]
+
+    return of_last
 
 
 def heads_reward(reward: Model, objectives: Sequence[str]) -> Callable[[Rollout, Sequence[Any]], jax.Array]:

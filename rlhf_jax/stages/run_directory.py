@@ -1,4 +1,4 @@
-"""The directory of one run: its config, its inputs, and what it shows as it goes. Imports checkpoints and data."""
+"""The directory of one run: its config, its inputs, and what it shows as it goes. Imports all below but stages."""
 
 from __future__ import annotations
 
@@ -141,9 +141,12 @@ def identity(path: str) -> dict[str, str | None]:
 def split_objective(path: str) -> tuple[str, str]:
     """(directory, objective) of ``<run>:<objective>``, one head of several; (path, "") of any other path."""
     directory, _, objective = path.rpartition(":")
-    if directory and objective and "/" not in objective and not storage.at(path).exists():
-        return (directory, objective) if is_run(storage.at(directory)) else (path, "")
-    return path, ""
+    if not directory or not objective or "/" in objective:
+        return path, ""
+    with storage.reached(storage.at(directory)):
+        # A directory of that very name is looked for only behind a run: its name may be too long for a disk.
+        is_head = is_run(storage.at(directory)) and not storage.at(path).exists()
+    return (directory, objective) if is_head else (path, "")
 
 
 def runs_of(value: str, *, flag: str) -> list[str]:

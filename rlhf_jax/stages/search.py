@@ -27,7 +27,14 @@ from rlhf_jax.sampling.generate import SamplingConfig, generate
 from rlhf_jax.sampling.prompts import pad_prompts
 from rlhf_jax.sampling.step_beam import Place, Score, step_beam
 from rlhf_jax.stages import inputs, rewards
-from rlhf_jax.stages.handoffs import Model, check_context, check_same_family, check_scores, load_model
+from rlhf_jax.stages.handoffs import (
+    Model,
+    check_context,
+    check_same_family,
+    check_scores,
+    load_model,
+    load_start,
+)
 from rlhf_jax.stages.prompts import encode_held_out_prompts
 from rlhf_jax.stages.run_directory import Purpose, Run, open_run
 from rlhf_jax.training import interrupt
@@ -99,7 +106,7 @@ def run(
     where = {"policy_from": policy_from, "reward_from": reward_from}
     run_ = open_run(workdir, "search", config, inputs=where, parallelism="jit", mesh=mesh, stop=stop)
     meshes.check_rows(run_.mesh, config.batch_size, "config.batch_size")
-    policy, judge = load_model(policy_from, run_), load_model(reward_from, run_)
+    policy, judge = load_start(policy_from, run_), load_model(reward_from, run_)
     check_same_family(policy, judge)
     check_scores(judge, steps=True)
     for model in (policy, judge):

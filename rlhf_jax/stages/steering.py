@@ -24,7 +24,7 @@ from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards.sentiment import sentiment_reward
 from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.stages import inputs, prompts, rewards, rollouts
-from rlhf_jax.stages.handoffs import check_same_family, load_model
+from rlhf_jax.stages.handoffs import check_same_family, load_start
 from rlhf_jax.stages.run_directory import Purpose, open_run
 from rlhf_jax.storage import Path
 from rlhf_jax.training import interrupt
@@ -94,7 +94,7 @@ def write_pairs(
     if path.exists():
         return path
     meshes.check_rows(run_.mesh, config.batch_size, "config.batch_size")
-    first, count = load_model(first_from, run_), config.responses_per_prompt
+    first, count = load_start(first_from, run_), config.responses_per_prompt
     asked, _ = prompts.encode_prompts(run_, config.data, first, num_eval_prompts=1, responses_per_prompt=1)
     rollout = rollouts.make_rollout(
         run_,
@@ -167,7 +167,7 @@ def run(
     where = {"first_from": first_from, **policies_from}
     run_ = open_run(workdir, "steering", config, inputs=where, parallelism="jit", mesh=mesh, stop=stop)
     meshes.check_rows(run_.mesh, config.batch_size, "config.batch_size")
-    first = load_model(first_from, run_)
+    first = load_start(first_from, run_)
     encoded = prompts.in_rounds(
         prompts.encode_held_out_prompts(run_, config.data, first, config.num_prompts),
         config.responses_per_prompt,
@@ -188,7 +188,7 @@ def run(
     summary, shown = {}, {}
     for name, path in {"first": first_from, **policies_from}.items():
         interrupt.check(stop, "a measurement keeps nothing half-done")
-        model = load_model(path, run_)
+        model = load_start(path, run_)
         check_same_family(first, model, architecture=True)
         params = {"decoder": model.params["decoder"]}
         samples = sample(params, encoded, key)

@@ -267,3 +267,59 @@ def test_a_tree_and_its_prefixes_say_the_same():
     assert [(row.steps, row.labels) for row in rows] == expected
     with pytest.raises(BadRow, match="does not begin with its 'question'"):
         process_steps({"question": "x", "reasoning_steps": prefixes}, "s")
+
+
+def test_labels_by_several_objectives():
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    [row] = preferences(
+        {**pair, "labels": {"helpful": 1, "harmless": 0.25, "kind": None, "true": False}}, "s"
+    )
+    assert row.labels == (("helpful", 1.0), ("harmless", 0.25), ("true", 0.0))
+    for column in ([1, 0], "good", 3, None):  # a column of the same name that means something else
+        assert preferences({**pair, "labels": column}, "s")[0].labels == ()
+
+
+SAFE = {
+    "prompt": "p",
+    "response_0": "one",
+    "response_1": "two",
+    "is_response_0_safe": False,
+    "is_response_1_safe": True,
+    "better_response_id": 0,
+    "safer_response_id": 1,
+}
+
+
+@pytest.mark.parametrize(("better", "safer", "label"), [(0, 1, 0.0), (0, 0, 1.0), (1, 0, 0.0), (1, 1, 1.0)])
+def test_pairs_that_are_judged_twice(better, safer, label):
+    [row] = preferences({**SAFE, "better_response_id": better, "safer_response_id": safer}, "s")
+    assert (row.chosen, row.rejected) == (("one", "two"), ("two", "one"))[better]
+    assert row.labels == (("better", 1.0), ("safer", label))
+
+
+def test_a_pair_judged_twice_keeps_other_labels_and_lacks_what_nobody_judged():
+    [row] = preferences({**SAFE, "safer_response_id": None, "labels": {"short": 0.5}}, "s")
+    assert row.labels == (("short", 0.5), ("better", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"better_response_id": 2}, "has 2 in 'better_response_id' where 0 or 1 is expected"),
+        ({"better_response_id": None}, "has null in 'better_response_id' where 0 or 1 is expected"),
+        ({"safer_response_id": "1"}, "has a string in 'safer_response_id'"),
+        ({"response_1": None}, "has null in 'response_1' where a string is expected"),
+        ({"response_0": " "}, "has an empty 'response_0'"),
+        ({"response_1": "one"}, "has 'response_0' equal to 'response_1', so that neither can be preferred"),
+        ({"labels": {"short": 2}}, "has 2 in 'labels.short' where a number from 0 to 1 is expected"),
+        ({"labels": {"short": "yes"}}, "has a string in 'labels.short' where a number from 0 to 1"),
+    ],
+)
+def test_bad_labels(change, message):
+    with pytest.raises(BadRow, match=message):
+        preferences({**SAFE, **change}, "s")
+
+
+def test_a_pair_judged_twice_without_a_response():
+    with pytest.raises(BadRow, match="has no field 'response_1'"):
+        preferences({name: value for name, value in SAFE.items() if name != "response_1"}, "s")

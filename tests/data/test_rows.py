@@ -11,9 +11,11 @@ from rlhf_jax.data.rows import (
     Ranking,
     Unpaired,
     group_of,
+    label_of,
     pairs,
     ranks,
     soft_label,
+    swapped,
 )
 
 
@@ -84,3 +86,23 @@ def test_groups():
     assert group_of(Demonstration(prompt="p", response="r", source="s")) == "p"
     assert group_of(Demonstration(prompt="p", response="r", source="s", group="g")) == "g"
     assert group_of(Unpaired(prompt="", response="r", desirable=True, source="s")) == "r"
+
+
+def test_a_swapped_pair_is_the_same_comparison_from_the_other_side():
+    pair = Preference(
+        prompt="p",
+        chosen="a",
+        rejected="b",
+        source="s",
+        probability=0.9,
+        chosen_gold=1.0,
+        rejected_gold=2.0,
+        votes=(3, 1, 0),
+        target=0.8,
+        labels=(("good", 1.0), ("safe", 0.25)),
+    )
+    other = swapped(pair)
+    assert (other.chosen, other.rejected, other.chosen_gold, other.rejected_gold) == ("b", "a", 2.0, 1.0)
+    assert [label_of(other, name) for name in ("good", "safe", "kind")] == [0.0, 0.75, None]
+    # Whoever swaps has another label in mind, of which these say nothing.
+    assert (other.probability, other.votes, other.target) == (None, None, None)

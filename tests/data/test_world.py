@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_jax.data import grammar
-from rlhf_jax.data.rows import Preference, ranks
+from rlhf_jax.data.rows import Preference, label_of, ranks
 from rlhf_jax.data.world import (
     WorldConfig,
     bayes_accuracy,
@@ -461,3 +461,22 @@ def test_rankings_are_reproduced_and_more_leave_the_first_unchanged():
     }
     with pytest.raises(InputError, match="asked for rankings of 1: give at least 2 replies"):
         rankings(WorldConfig(), size=1)
+
+
+def test_brief_labels_are_of_labellers_to_whom_a_word_costs_one():
+    """Each label is as likely as Bradley-Terry on their utility says: deviations of 6,000 draws are those of chance."""
+    config = WorldConfig(noise=0.1, length_bias=0.15, temperature=1.5, num_eval_preferences=6000)
+    expected, found = [], []
+    for row in preferences(config, "eval"):
+        assert label_of(row, "preferred") == 1.0
+        worth = [
+            gold_reward(row.prompt, text) - 1.0 * len(words_of(text)) for text in (row.chosen, row.rejected)
+        ]
+        expected.append(0.1 + 0.8 / (1 + math.exp(-(worth[0] - worth[1]) / 1.5)))
+        found.append(label_of(row, "brief"))
+    assert set(found) == {0.0, 1.0}
+    expected, found = np.array(expected), np.array(found)
+    # Which side was chosen tells nothing of the other labellers' noise.
+    for part in (expected < 0.3, (expected >= 0.3) & (expected < 0.7), expected >= 0.7):
+        spread = math.sqrt((expected[part] * (1 - expected[part])).sum())
+        assert part.sum() > 100 and abs((found - expected)[part].sum()) < 4 * spread

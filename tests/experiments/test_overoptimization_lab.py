@@ -8,6 +8,7 @@ import pytest
 
 from experiments import overoptimization_lab as lab
 from experiments.configs import overoptimization as config
+from rlhf_jax.errors import InputError
 from rlhf_jax.stages import reward_model, sft
 
 
@@ -67,3 +68,12 @@ def test_every_run_that_is_drawn_is_in_the_config(settings):
     for part, names in lab.DRAWN.items():
         assert set(names) <= set(settings[part])
     assert {made["proxy"] for made in settings["policies"].values()} <= set(settings["proxies"])
+
+
+@pytest.mark.parametrize(("proxy", "trunks"), [("narrow_8k", 4), ("trunks_8k", 3), ("pairs_8k", 2)])
+def test_trunks_that_a_proxy_cannot_have_are_refused_before_training(settings, proxy, trunks):
+    settings["proxies"][proxy]["trunks"] = trunks
+    with pytest.raises(
+        InputError, match=f"config.proxies.{proxy}.trunks is {trunks}, with [14] members and narrow"
+    ):
+        lab.train_proxies(settings, pathlib.Path("lab"), pathlib.Path("quick"), {})

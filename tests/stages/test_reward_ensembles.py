@@ -260,15 +260,21 @@ def test_members_from_trunks_of_their_own(ladder, tmp_path):
     assert handoff.made_from == [other, ladder.sft] and changed_inputs(workdir) == []
 
 
-def test_trunks_that_fit_no_ensemble_are_refused(ladder, tmp_path):
+def test_trunks_that_fit_no_ensemble_are_refused(ladder, ensemble, tmp_path):
     run = functools.partial(reward_model.run, workdir=tmp_path / "run", stop=STOP)
     three = dataclasses.replace(REWARD, members=3)
-    with pytest.raises(InputError, match="--init_from names 2 trunks, and config.members is 3; give one"):
+    with pytest.raises(
+        InputError, match="--init_from names 2 trunks, and config.members is 3; give one trunk"
+    ):
         run(three, init_from=f"{ladder.sft},{ladder.sft}")
     with pytest.raises(InputError, match="--init_from names 2 trunks, and config.members is 1"):
         run(REWARD, init_from=f"{ladder.sft},{ladder.sft}")
     with pytest.raises(InputError, match="has a comma with no run before or after it"):
         run(three, init_from=f"{ladder.sft},,{ladder.sft}")
+    with pytest.raises(
+        InputError, match="is an ensemble of 3 reward models, which has no one decoder to start from"
+    ):
+        run(dataclasses.replace(REWARD, members=2), init_from=f"{ladder.sft},{ensemble}")
     wide = str(tmp_path / "wide")
     sft.run(dataclasses.replace(SFT, model=dataclasses.replace(SFT.model, mlp_width=48)), wide, stop=STOP)
     with pytest.raises(InputError, match="the models of .* and .*wide differ .*mlp_width: 32 -> 48"):

@@ -18,10 +18,10 @@ from rlhf_jax.rewards import reward_model as scoring
 from rlhf_jax.stages import config as configs
 from rlhf_jax.stages import evaluate, grpo, inputs, ppo, reward_forms, reward_model, rewards, several_rewards
 from rlhf_jax.stages.adapters import LoraOptions
-from rlhf_jax.stages.handoffs import check_scores, load_handoff_model, load_model
+from rlhf_jax.stages.handoffs import check_scores, load_beside, load_handoff_model, load_model
 from rlhf_jax.stages.inputs import DataConfig
 from rlhf_jax.stages.reward_measures import PairScores
-from rlhf_jax.stages.run_directory import Run, changed_inputs, split_objective
+from rlhf_jax.stages.run_directory import Run, changed_inputs, identity, split_objective
 from rlhf_jax.stages.several_rewards import Constraint
 from rlhf_jax.training.interrupt import Interrupted, StopRequest
 from rlhf_jax.training.loop import Schedule
@@ -107,6 +107,9 @@ def test_each_head_has_the_loss_of_its_own_labels(model):
             right.append(label != 0.5 and (first > second) == (label > 0.5))
         assert terms[name].mean() == pytest.approx(np.mean(values), rel=1e-5)
         assert metrics[f"accuracy_{name}"].mean() == pytest.approx(sum(right) / decided)
+        sides = [np.sign(label - 0.5) if label is not None else 0.0 for label in labels]
+        margin = float(np.sum(sides * (chosen - rejected)) / decided)
+        assert float(metrics[f"margin_{name}"].mean()) == pytest.approx(margin, rel=1e-5, abs=1e-7)
 
 
 def test_a_head_without_labels_gives_nothing_and_gets_nothing(model):
@@ -195,6 +198,7 @@ def test_a_run_says_of_each_head_how_good_it_is(both):
         assert facts[name] == facts[f"{name}_preferred"] != facts[f"{name}_brief"]
     # Of labellers who take 1 off for a word the shorter response wins nearly always.
     assert facts["longer_wins_brief"] < 0.3 < facts["longer_wins_preferred"]
+    assert not [name for name in facts if name.startswith("bayes_accuracy")], "that is of the rows' own label"
     first, *_, last = read_metrics(pathlib.Path(both) / "metrics.jsonl")
     assert {f"eval/accuracy_{name}" for name in NAMES} < set(first) and "accuracy_brief" in last
     assert len(json.loads((pathlib.Path(both) / "margins.json").read_text())["margins"]) == 20
@@ -231,7 +235,7 @@ def test_one_head_is_a_reward_model_by_itself(both, ladder, model, tmp_path):
         InputError, match="there is no .*:wise: the model of .* has heads for preferred, brief"
     ):
         load_model(f"{both}:wise", run)
-    with pytest.raises(InputError, match="there is no .*:brief: .* has one head, without a name"):
+    with pytest.raises(InputError, match="there is no .*:brief: .* has no heads with names"):
         load_model(f"{ladder.reward_model}:brief", run)
     with pytest.raises(
         InputError, match=r"has a head for each of preferred, brief.* give .*:preferred or .*:brief"
@@ -263,29 +267,39 @@ def rows_of(workdir):
 
 
 def test_a_constraint_binds_the_second_head(both, ladder, tmp_path):
-    """By the run, and by its heads one after the other: the same rewards; the multiplier follows the second."""
+    """The run names its heads in their order; the multiplier follows the second, evaluations show each."""
     config = grpo.Config(
         **SHARED | {"batch_size": 32, "schedule": Schedule(num_steps=2)},
         constraint=Constraint(at_least=3.0, rate=0.4, limit=0.7),
         num_eval_prompts=12,
         group_size=4,
     )
+    heads = {
+        "run": both,
+        "heads": f"{both}:preferred,{both}:brief",
+        "turned": f"{both}:brief,{both}:preferred",
+    }
     found = {}
-    for name, where in {"run": both, "apart": f"{both}:preferred,{ladder.reward_model}"}.items():
+    for name, where in heads.items():
         grpo.run(config, tmp_path / name, init_from=ladder.sft, reward_from=where, stop=STOP)
         found[name] = rows_of(tmp_path / name)
-    for of_run, apart in zip(found["run"], found["apart"], strict=True):
-        assert (
-            of_run["eval/proxy_1"] == pytest.approx(apart["eval/proxy_1"], abs=1e-5)
-            if of_run["step"] == 0
-            else True
-        )
+        assert changed_inputs(tmp_path / name) == []
+    assert found["run"] == found["heads"]
+    start, turned = found["run"][0], found["turned"][0]
+    assert start["eval/proxy_1"] == pytest.approx(turned["eval/proxy_2"], abs=1e-5)
+    assert start["eval/proxy_2"] == pytest.approx(turned["eval/proxy_1"], abs=1e-5)
+    assert abs(start["eval/proxy_1"] - start["eval/proxy_2"]) > 1e-3
     first = found["run"][1]
-    assert first["proxy"] == pytest.approx(first["proxy_1"], rel=1e-5)
     multiplier = min(max(0.4 * (3.0 - first["proxy_2"]), 0.0), 0.7)
     assert 0 < found["run"][2]["multiplier"] == pytest.approx(multiplier, rel=1e-6)
-    assert first["proxy_2"] != pytest.approx(found["apart"][1]["proxy_2"], abs=1e-3)
-    assert changed_inputs(tmp_path / "apart") == []
+    assert first["proxy"] == pytest.approx(first["proxy_1"], rel=1e-5)
+    with pytest.raises(InputError, match="belongs to a run with another config .*inputs.reward_from"):
+        grpo.run(config, tmp_path / "run", init_from=ladder.sft, reward_from=heads["turned"], stop=STOP)
+
+
+def test_an_input_is_the_head_and_not_only_its_run(both):
+    assert identity(f"{both}:brief")["handoff"] == identity(f"{both}:preferred")["handoff"]
+    assert identity(f"{both}:brief")["path"] != identity(f"{both}:preferred")["path"]
 
 
 @pytest.mark.slow
@@ -299,6 +313,14 @@ def test_ppo_on_one_head_starts_its_values_from_it(rank, both, ladder, tmp_path)
     config = dataclasses.replace(PPO, lora=lora, schedule=Schedule(num_steps=1))
     ppo.run(config, tmp_path / "ppo", init_from=ladder.sft, reward_from=f"{both}:brief", stop=STOP)
     assert rows_of(tmp_path / "ppo")[0]["eval/kl"] == 0
+    run = Run(workdir=tmp_path, stage="ppo", mesh=meshes.data_mesh(), parallelism="jit", stop=STOP)
+    base = load_model(ladder.sft, run)
+    source = load_beside(f"{both}:brief", run, base, lora)
+    _, value = ppo._initial_value(config, rewards.model_reward(source, rewards.Scoring()), run, base)
+    whole = checkpoints.restore_params(checkpoints.handoff_path(both))["head"]
+    np.testing.assert_allclose(value["head"]["kernel"], whole["kernel"][1], rtol=1e-6)
+    bias = whole["bias"][1] - facts_of(both)["reward_offsets"][1]
+    assert float(value["head"]["bias"]) == pytest.approx(float(bias), abs=1e-6)
     with pytest.raises(InputError, match="scoring.weights has 0 numbers, and --reward_from names 2 rewards"):
         ppo.run(config, tmp_path / "other", init_from=ladder.sft, reward_from=both, stop=STOP)
 
@@ -384,7 +406,7 @@ def test_a_file_and_the_set_prepared_from_it_train_the_same(ladder, tmp_path):
     ("change", "message"),
     [
         ({"objectives": ("brief", "brief")}, "has a name twice"),
-        ({"objectives": ("a:b",)}, "config.objectives has 'a:b': give names without colon"),
+        ({"objectives": ("a:b",)}, "config.objectives has 'a:b', which no command line could name"),
         ({"objectives": ("",)}, "config.objectives has ''"),
         ({"members": 2}, "config.members is of reward models with one head"),
         ({"length_penalty": 1.0}, "config.length_penalty is of reward models with one head"),
@@ -407,7 +429,7 @@ def test_what_several_heads_do_not_have_is_refused(change, message):
 def test_an_objective_that_nobody_judged_by_is_refused_before_training(ladder, tmp_path):
     config = dataclasses.replace(BOTH, objectives=("preferred", "kind"))
     with pytest.raises(
-        InputError, match="no row held out says .* better by 'kind', .* by 'preferred', 'brief'"
+        InputError, match="no row held out says .* better by 'kind' .*by 'preferred', 'brief', none by that"
     ):
         reward_model.run(config, tmp_path / "a", init_from=ladder.sft, stop=STOP)
     records = [
@@ -417,7 +439,7 @@ def test_an_objective_that_nobody_judged_by_is_refused_before_training(ladder, t
     path = tmp_path / "plain.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     data = DataConfig(path=str(path), held_out_fraction=0.3)
-    with pytest.raises(InputError, match="better by 'brief', and they have no labels by objectives"):
+    with pytest.raises(InputError, match=r"better by 'brief' \(they have no labels by objectives\)"):
         reward_model.run(
             dataclasses.replace(BOTH, data=data, objectives=("brief",)),
             tmp_path / "b",
@@ -430,17 +452,50 @@ def test_reference_rows_are_found_for_each_objective(model):
     """They go on past the rows of an objective that is satisfied, and stop once all are."""
     pairs = judged(6, a=[1.0] * 6, b=[None, 0.5, None, 0.0, 1.0, 1.0])
     encoded = encoded_pairs(model, pairs)
-    kept = reward_forms.first_decided(("a", "b"), encoded.rows, 2, which="to train on")
+    kept = reward_forms.first_decided(("a", "b"), encoded.rows, 2, which="to train on", stop=STOP)
     assert [row.row.source for row in kept] == [pairs[place].source for place in (0, 1, 3, 4)]
+    ties = encoded_pairs(model, judged(3, a=[0.5] * 3))
+    with pytest.raises(InputError, match=r"better by 'a' \(they have labels by 'a', all of them ties\)"):
+        reward_forms.first_decided(("a",), ties.rows, 1, which="held out", stop=STOP)
+    with pytest.raises(Interrupted, match="nothing was trained yet"):
+        reward_forms.first_decided(("a",), ties.rows, 1, which="held out", stop=StopAfter(0))
 
 
-def test_weighted_heads_are_scaled_by_what_the_initial_policy_says(both, ladder, tmp_path):
+def test_weighted_heads_are_a_sum_of_standard_scores(both, ladder, tmp_path):
+    """Weights (1, -1) of one head twice are nothing; and a head alone is its standard score on the first policy."""
     config = grpo.Config(
-        **SHARED | {"batch_size": 32, "schedule": Schedule(num_steps=1)},
-        scoring=rewards.Scoring(weights=(1.0, -1.0)),
-        num_eval_prompts=12,
-        group_size=4,
+        **SHARED | {"batch_size": 32, "schedule": Schedule(num_steps=1)}, num_eval_prompts=12, group_size=4
     )
-    twice = f"{both}:brief,{both}:brief"
-    grpo.run(config, tmp_path, init_from=ladder.sft, reward_from=twice, stop=STOP)
-    assert rows_of(tmp_path)[-1]["proxy"] == pytest.approx(0.0, abs=1e-5)
+    found = {}
+    for name, where, weights in (
+        ("nothing", f"{both}:brief,{both}:brief", (1.0, -1.0)),
+        ("first", both, (1.0, 0.0)),
+        ("second", both, (0.0, 2.0)),
+        ("both", both, (1.0, 2.0)),
+    ):
+        weighted = dataclasses.replace(config, scoring=rewards.Scoring(weights=weights))
+        grpo.run(weighted, tmp_path / name, init_from=ladder.sft, reward_from=where, stop=STOP)
+        found[name] = rows_of(tmp_path / name)
+    assert found["nothing"][-1]["proxy"] == pytest.approx(0.0, abs=1e-5)
+    start = {name: rows[0]["eval/proxy"] for name, rows in found.items()}
+    assert start["both"] == pytest.approx(start["first"] + start["second"], abs=1e-5)
+    # Other draws of the same policy to the same prompts: about 0 in the unit of their spread, whatever the head's.
+    assert all(abs(start[name]) < 2.0 for name in ("first", "second"))
+    raw = {f"proxy_{k}": found["both"][0][f"eval/proxy_{k}"] for k in (1, 2)}
+    assert start["first"] != pytest.approx(raw["proxy_1"], abs=1e-3)
+    assert start["second"] != pytest.approx(2.0 * raw["proxy_2"], abs=1e-3)
+    members = dataclasses.replace(config, scoring=rewards.Scoring(weights=(1.0, 1.0), members="worst_case"))
+    with pytest.raises(
+        InputError, match=f"scoring.members is 'worst_case', and --reward_from={both} is no ensemble"
+    ):
+        grpo.run(members, tmp_path / "members", init_from=ladder.sft, reward_from=both, stop=STOP)
+
+
+def test_one_evaluation_scores_a_rollout_once():
+    """Both heads beside one another, and what is made of them: one pass through the trunk."""
+    calls = []
+    score = rewards._once(lambda rollout, rows: calls.append(rollout) or jnp.ones((2, 3)))
+    first, second = object(), object()
+    for rollout in (first, first, first, second, first):
+        score(rollout, [])
+    assert calls == [first, second, first]
