@@ -53,8 +53,10 @@ class Config:
     of a response that never ended; None keeps it. early_stop_kl: an iteration's updates end once KL(old || new)
     per token exceeds it; 0 never. rounds: up to so many times the prompts are sampled until every group has a
     spread (DAPO); 1 takes groups as they come. temperature: of sampling, and of every log-prob. stop_when: what
-    ends the run before its schedule. lora: whether the policy is an adapter on the reference. num_eval_prompts:
-    held-out prompts sampled at every evaluation; eval_responses_per_prompt: responses to each.
+    ends the run before its schedule. lora: whether the policy is an adapter on the reference. slots: rows of the
+    cache that samples are drawn through, so that none waits for the longest; 0: one a response
+    (``rollouts.make_rollout``). num_eval_prompts: held-out prompts sampled at every evaluation;
+    eval_responses_per_prompt: responses to each.
 
     GRPO is the default. RLOO: baseline "leave_one_out", scale_advantages False, kl_in "reward", reduction
     "sequence_mean_of_token_sums". REINFORCE: the same with baseline "batch". Dr. GRPO: scale_advantages False,
@@ -93,11 +95,13 @@ class Config:
     temperature: float = 1.0
     stop_when: evaluations.StopWhen = dataclasses.field(default_factory=evaluations.StopWhen)
     lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
+    slots: int = 0
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "num_epochs", "num_minibatches", "num_microbatches", "num_eval_prompts")
+        check_range(self, "slots", at_least=0)
         check_range(self, *counts, "eval_responses_per_prompt", "rounds", "group_size", at_least=1)
         check_range(self, "beta", "early_stop_kl", "clip_high", at_least=0)
         check_range(self, "clip_low", at_least=0, at_most=1)

@@ -255,7 +255,7 @@ def train(
     iterate = make_iteration(
         method,
         collect=rollouts.make_collect(
-            rollouts.make_rollout(run, model, config.sampling),
+            rollouts.make_rollout(run, model, config.sampling, slots=config.slots),
             sharding.within(run.mesh, rollouts.of_prompts(reward.of_samples, encoded)),
             combine=reward.combine,
             step_scores=sharding.within(run.mesh, rollouts.of_prompts(reward.of_steps, encoded))

@@ -40,7 +40,8 @@ class Config:
     but KTO; its temperature is that of sampling too. reference: "start" is the SFT policy throughout, "iteration"
     the policy that sampled. stop_when: what ends the run before its schedule. lora: whether the policy is an
     adapter on the reference. missing_eos_score: replaces the reward of a response that never ended; None keeps
-    it. num_eval_prompts: held-out prompts sampled at every evaluation; eval_responses_per_prompt: responses to each.
+    it. slots: see ``stages.grpo``. num_eval_prompts: held-out prompts sampled at every evaluation;
+    eval_responses_per_prompt: responses to each.
     """
 
     seed: int = 0
@@ -62,11 +63,13 @@ class Config:
     missing_eos_score: float | None = None
     stop_when: evaluations.StopWhen = dataclasses.field(default_factory=evaluations.StopWhen)
     lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
+    slots: int = 0
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "num_epochs", "num_minibatches", "num_microbatches", "num_eval_prompts")
+        check_range(self, "slots", at_least=0)
         check_range(self, *counts, "eval_responses_per_prompt", at_least=1)
         check_range(self, "group_size", at_least=2)
         if self.loss.kind == "kto":

@@ -65,8 +65,9 @@ class Config:
     it. early_stop_kl: an iteration's updates end once KL(old || new) per token exceeds it; 0 never. temperature:
     of sampling, and of every log-prob; nothing is truncated, so that samples come from the very policy that is
     scored. stop_when: what ends the run before its schedule. lora: whether policy and value model are adapters
-    on the one base, which reference and reward model share. num_eval_prompts: held-out prompts sampled at every
-    evaluation. eval_responses_per_prompt: responses to each of them; more than one where prompts are few.
+    on the one base, which reference and reward model share. slots: see ``stages.grpo``. num_eval_prompts: held-out
+    prompts sampled at every evaluation. eval_responses_per_prompt: responses to each of them; more than one where
+    prompts are few.
     """
 
     seed: int = 0
@@ -98,11 +99,13 @@ class Config:
     temperature: float = 1.0
     stop_when: evaluations.StopWhen = dataclasses.field(default_factory=evaluations.StopWhen)
     lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
+    slots: int = 0
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "num_epochs", "num_minibatches", "num_microbatches", "num_eval_prompts")
+        check_range(self, "slots", at_least=0)
         check_range(self, *counts, "eval_responses_per_prompt", "adaptive_kl_horizon", at_least=1)
         check_range(self, "beta", "adaptive_kl_target", "early_stop_kl", "clip_high", at_least=0)
         check_range(self, "gamma", "lam", "clip_low", at_least=0, at_most=1)

@@ -44,8 +44,9 @@ class Config:
     the largest weight (the metric "capped" is the share of responses that reach it: at 1 all weigh the same,
     and nothing is learned but to imitate oneself). stop_when: what ends the run before its schedule. lora:
     whether the policy is an adapter on the reference. missing_eos_score: replaces the reward of a response
-    that never ended; None keeps it. temperature: of sampling, and of every log-prob. num_eval_prompts: held-out
-    prompts sampled at every evaluation; eval_responses_per_prompt: responses to each.
+    that never ended; None keeps it. temperature: of sampling, and of every log-prob. slots: see
+    ``stages.grpo``. num_eval_prompts: held-out prompts sampled at every evaluation; eval_responses_per_prompt:
+    responses to each.
     """
 
     seed: int = 0
@@ -70,11 +71,13 @@ class Config:
     temperature: float = 1.0
     stop_when: evaluations.StopWhen = dataclasses.field(default_factory=evaluations.StopWhen)
     lora: adapters.LoraOptions = dataclasses.field(default_factory=adapters.LoraOptions)
+    slots: int = 0
     num_eval_prompts: int = 256
     eval_responses_per_prompt: int = 1
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "num_epochs", "num_minibatches", "num_microbatches", "num_eval_prompts")
+        check_range(self, "slots", at_least=0)
         check_range(self, *counts, "eval_responses_per_prompt", "group_size", at_least=1)
         check_range(self, "weight_temperature", "max_weight", above=0)
         if self.min_score is not None and self.kind != "best":

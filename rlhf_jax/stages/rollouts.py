@@ -12,12 +12,14 @@ import numpy as np
 
 from rlhf_jax.data import batches, mixtures
 from rlhf_jax.data import tokenizer as tokenizers
+from rlhf_jax.errors import InputError
 from rlhf_jax.evaluation.policies import RowReward
 from rlhf_jax.metrics import Total, mean_of, merge
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import judges, reward_model
 from rlhf_jax.sampling.generate import SamplingConfig, generate
+from rlhf_jax.sampling.refill import generate_refilled
 from rlhf_jax.stages.handoffs import Model
 from rlhf_jax.stages.run_directory import Run
 from rlhf_jax.types import Rollout, ScoredRollout
@@ -123,31 +125,83 @@ def _forget(rollout: Rollout, kept: np.ndarray) -> Rollout:
     )
 
 
-def make_rollout(run: Run, model: Model, sampling: SamplingConfig) -> Callable[..., Rollout]:
-    """``rollout(params, prompts, key, step) -> Rollout``; ``prompts`` is a batch of ``batches.prompt_batches``."""
-    eos_id, pad_id = tokenizers.eos_id(model.tokenizer), tokenizers.pad_id(model.tokenizer)
+def make_rollout(
+    run: Run, model: Model, sampling: SamplingConfig, *, slots: int = 0
+) -> Callable[..., Rollout]:
+    """``rollout(params, prompts, key, step) -> Rollout``; ``prompts`` is a batch of ``batches.prompt_batches``.
+
+    slots: rows of the cache, over all devices: one whose response has ended takes the next prompt, so that no row waits
+    for the longest of the batch (``sampling.refill``; the same tokens). 0: as many as the batch has rows.
+
+    Raises:
+      InputError: slots that do not divide over the devices, or a mesh that splits parameters.
+    """
+    how = {
+        "sampling": sampling,
+        "eos_id": tokenizers.eos_id(model.tokenizer),
+        "pad_id": tokenizers.pad_id(model.tokenizer),
+    }
 
     @jax.jit
     def sample(params, tokens, token_mask, key, step):
-        return generate(
-            model.config,
-            params,
-            tokens,
-            token_mask,
-            key,
-            sampling=sampling,
-            eos_id=eos_id,
-            pad_id=pad_id,
-            policy_step=step,
-        )
+        return generate(model.config, params, tokens, token_mask, key, policy_step=step, **how)
 
-    within_mesh = sharding.within(run.mesh, sample)
+    within_mesh = _make_queues(run.mesh, model, slots, how) if slots else sharding.within(run.mesh, sample)
 
     def rollout(params, prompts, key, step):
         tokens, token_mask = meshes.put_rows(run.mesh, (prompts["tokens"], prompts["token_mask"]))
         return within_mesh(params, tokens, token_mask, key, step)
 
     return rollout
+
+
+def _make_queues(
+    mesh: jax.sharding.Mesh, model: Model, slots: int, how: dict[str, Any]
+) -> Callable[..., Rollout]:
+    """What ``sample`` of `make_rollout` is, with a queue of its own for each device: they need not end together."""
+    split = {axis: size for axis, size in mesh.shape.items() if axis != "data" and size > 1}
+    if split:
+        names = ", ".join(f"{axis}:{size}" for axis, size in split.items())
+        raise InputError(
+            f"config.slots is {slots}, for which each device holds whole parameters, and the mesh splits them "
+            f"({names}); give slots=0, or --mesh with all devices on data"
+        )
+    devices = mesh.shape["data"]
+    if slots % devices:
+        raise InputError(
+            f"config.slots is {slots}, which does not divide over {devices} devices; give a multiple of that"
+        )
+    rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+
+    def of_device(params, tokens, token_mask, row_ids, key, step):
+        return generate_refilled(
+            model.config,
+            params,
+            tokens,
+            token_mask,
+            key,
+            slots=slots // devices,
+            row_ids=row_ids,
+            policy_step=step,
+            **how,
+        )
+
+    arrays = {field.name: rows for field in dataclasses.fields(Rollout)} | {"policy_step": whole}
+    # No rules for logical axes are in scope: within a device nothing is left to split.
+    of_all = jax.shard_map(
+        of_device,
+        mesh=mesh,
+        in_specs=(whole, rows, rows, rows, whole, whole),
+        out_specs=Rollout(**arrays),
+        check_vma=False,
+    )
+
+    @jax.jit
+    def sample(params, tokens, token_mask, key, step):
+        row_ids = jnp.arange(tokens.shape[0])
+        return of_all(params, tokens, token_mask, row_ids, key, jnp.asarray(step, jnp.int32))
+
+    return sample
 
 
 def answers(
