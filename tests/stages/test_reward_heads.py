@@ -461,6 +461,7 @@ def test_reference_rows_are_found_for_each_objective(model):
         reward_forms.first_decided(("a",), ties.rows, 1, which="held out", stop=StopAfter(0))
 
 
+@pytest.mark.slow
 def test_weighted_heads_are_a_sum_of_standard_scores(both, ladder, tmp_path):
     """Weights (1, -1) of one head twice are nothing; and a head alone is its standard score on the first policy."""
     config = grpo.Config(

@@ -46,7 +46,9 @@ def both(ladder, tmp_path_factory) -> str:
     return f"{ladder.reward_model},{workdir}"
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage", ["grpo", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("online_dpo", "rejection"))]
+)
 def test_the_multiplier_follows_the_shortfall_and_the_reward_the_multiplier(stage, both, ladder, tmp_path):
     """The Lagrangian is linear in the two rewards, so that it holds of the means that are written."""
     module, config = STAGES[stage]

@@ -127,6 +127,7 @@ def test_pairs_are_the_happiest_with_the_least_happy():
     assert steering.pairs_by_sentiment(["a", "b"]) == [] == steering.pairs_by_sentiment(["", ""])
 
 
+@pytest.mark.slow
 def test_dpo_learns_from_pairs_of_the_first_models_own(ladder, tmp_path):
     config = steering.PairsConfig(data=SFT.data, responses_per_prompt=4, batch_size=32)
     path = steering.write_pairs(config, tmp_path / "pairs", first_from=ladder.sft, stop=STOP)
