@@ -177,10 +177,9 @@ def distance(expected, found):
 @pytest.mark.parametrize(
     "stage",
     [
-        "sft",
         "reward_model",
         "dpo",
-        *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("reward_heads", "process_reward")),
+        *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("sft", "reward_heads", "process_reward")),
     ],
 )
 def test_three_steps_on_fixed_rows_are_the_same_everywhere(stage, ladder, tmp_path):

@@ -55,6 +55,7 @@ def test_slots_draw_what_a_batch_draws(devices, slots, ladder, tmp_path):
     assert refilled.tokens.sharding.is_equivalent_to(at_once.tokens.sharding, 2)
 
 
+@pytest.mark.slow
 def test_a_stage_with_slots_is_the_same_run(ladder, tmp_path):
     """Dynamic sampling too: every round is a queue."""
     found = {}

@@ -117,6 +117,7 @@ def test_samples_are_the_same_however_they_are_batched(folder, tmp_path):
     assert objects(refilled[0])[3]["source"] == "line 3 of standard input"
 
 
+@pytest.mark.slow
 def test_text_stops_before_a_stop_string(folder):
     options = [f"--model={folder}", f"--prompt={PROMPTS[0]}", "--seed=1", "--max_new_tokens=12"]
     ((whole, _),) = run_many(([*options, "--jsonl"], ""))
@@ -139,6 +140,7 @@ def test_text_stops_before_a_stop_string(folder):
     )
 
 
+@pytest.mark.slow
 def test_greedy_takes_no_notice_of_the_seed_and_chat_of_the_template(folder, tmp_path):
     chatty = tmp_path / "chatty"
     tokenizer = tk.load_tokenizer(folder)
