@@ -24,6 +24,7 @@ def params_of(run):
     return checkpoints.restore_params(checkpoints.handoff_path(run))
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_ends_in_the_bits_of_one_on_a_disk(bucket, ladder, tmp_path):
     run = f"{bucket.url}/runs/sft"
     for steps in (1, 1):
